@@ -1,0 +1,5 @@
+import sys
+
+from cuqwen.cli import main
+
+sys.exit(main())

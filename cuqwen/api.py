@@ -1,0 +1,262 @@
+"""The public face: `load` and the `Model` that it returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cuqwen import hub, launch, weights
+from cuqwen.cache import KVCache
+from cuqwen.config import CheckpointError, Config, GenerationConfig
+from cuqwen.generate import Step, generate_steps
+from cuqwen.model import Device, Qwen3
+from cuqwen.sampling import Sampling
+from cuqwen.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+Progress = Callable[[int, int], None]
+
+KV_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    kv_dtype: str | None = None,
+    max_context: int | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    check_weights: bool = False,
+    show_download: bool = False,
+) -> Model:
+    """Load a Qwen3 or Qwen2.5 checkpoint.
+
+    model: a hub id ("Qwen/Qwen3-0.6B", fetched into the hub's cache), a checkpoint's folder, or "demo", the small model
+    that comes with the package. revision: branch, tag or commit on the hub.
+    device: "cuda", "cpu", or None for the GPU if there is one.
+    dtype: what the CPU computes in, "float32" (default) or "float64"; the GPU computes in float32 from weights as stored.
+    kv_dtype: how keys and values are cached: "bfloat16" (the GPU's default), "float16", "float32" or, on the CPU, "float64";
+    the CPU's default is its `dtype`.
+    max_context: most tokens of prompt and answer together; the model's `max_position_embeddings` if None, and at most that.
+    progress: called with (bytes read, bytes in all) while weights are read. show_download: the hub's own bars on stderr.
+    check_weights: read all weights once more and refuse NaN and infinity.
+
+    Raises CheckpointError for anything wrong with the files, DeviceError if the device cannot be used, MemoryError if the
+    model does not fit, ValueError for other impossible arguments.
+    """
+    place = _choose_device(device, dtype)
+    kv = _choose_kv_dtype(kv_dtype, place)
+    folder = hub.resolve(model, revision=revision, progress=show_download)
+    config = Config.from_folder(folder)
+    context = _choose_context(max_context, config)
+    generation = GenerationConfig.from_folder(folder, config)
+    tokenizer = Tokenizer.from_folder(folder, config)
+    if place.name == "cuda" and (config.head_dim % 8 or config.head_dim > 256):
+        raise CheckpointError(
+            f'{folder}: head_dim: wanted a multiple of 8 up to 256 on the GPU, got {config.head_dim}; use device="cpu"'
+        )
+    if check_weights:
+        weights.check_finite(folder, config)
+    try:
+        network = Qwen3(config, weights.read(folder, config, place.place_weight, progress=progress), place, kv)
+    except Exception as error:
+        if launch.is_out_of_memory(error):
+            raise MemoryError(f"{folder}: the weights do not fit into memory{_free(place)}; use a smaller model") from None
+        raise
+    return Model(folder, network, tokenizer, generation, context)
+
+
+class Model:
+    """A loaded checkpoint. Made by `load`.
+
+    config: the architecture, fields named as in config.json. tokenizer: text to ids and back. device: "cuda" or "cpu".
+    max_context: most tokens of prompt and answer together. generation_config: the checkpoint's sampling defaults.
+    """
+
+    def __init__(
+        self, folder: Path, network: Qwen3, tokenizer: Tokenizer, generation_config: GenerationConfig, max_context: int
+    ) -> None:
+        self.folder, self.network, self.tokenizer = folder, network, tokenizer
+        self.generation_config, self.max_context = generation_config, max_context
+        self.config, self.device = network.config, network.device.name
+
+    def __repr__(self) -> str:
+        return f"<cuqwen.Model {self.folder} on {self.device}, {self.config.num_hidden_layers} layers>"
+
+    def logits(self, ids: Sequence[int] | np.ndarray) -> Any:
+        """The logits of the next token after each of `ids` (teacher forcing).
+
+        ids [T], integers in 0..V-1, 1 <= T <= max_context; returns [T, V]: NumPy of the computing dtype on the CPU, CuPy
+        float32 on the GPU. Raises ValueError or TypeError for other ids.
+        """
+        prompt = self._check_ids(ids, "logits: ids")
+        if len(prompt) > self.max_context:
+            raise ValueError(f"logits: ids: wanted at most the context of {self.max_context} tokens, got {len(prompt)}")
+        with self._memory_errors(len(prompt)):
+            cache = self.network.new_cache(len(prompt))
+            return self.network.forward(self.network.device.upload(prompt), cache, rows=len(prompt))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        enable_thinking: bool | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> Iterator[Step]:
+        """Continue a prompt and yield a `Step` for each token: `step.text`, `step.token`, `step.finish_reason`.
+
+        prompt: text, taken as it stands; a list of chat messages such as [{"role": "user", "content": "Hi"}], put through the
+        checkpoint's chat template (with `enable_thinking` and `tools`); or a list of token ids.
+        temperature, top_k, top_p, min_p, repetition_penalty: None takes the checkpoint's generation_config.json, and where
+        that says nothing the most likely token is taken (temperature 0) and no filter applies. An explicit value wins; with
+        any of the filters given but no temperature anywhere, the temperature is 1.
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens already generated (once; per occurrence).
+        seed: the same seed gives the same tokens. stop: strings that end the answer; they are not part of the text.
+
+        All arguments are checked before the first token is computed. Raises ValueError (an empty prompt, impossible values,
+        prompt and max_tokens beyond `max_context`), TypeError, MemoryError.
+        """
+        ids = self._encode(prompt, enable_thinking, tools)
+        sampling = self._sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed,
+        )  # fmt: skip
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, (int, np.integer)):
+            raise TypeError(f"stream: max_tokens: wanted an int, got {type(max_tokens).__name__}")
+        if max_tokens < 1:
+            raise ValueError(f"stream: max_tokens: wanted at least 1, got {max_tokens}")
+        if len(ids) + max_tokens > self.max_context:
+            room = self.max_context - len(ids)
+            remedy = f"use max_tokens up to {room}" if room > 0 else "shorten the prompt"
+            raise ValueError(
+                f"stream: prompt of {len(ids)} tokens and max_tokens {max_tokens}: wanted at most {self.max_context} "
+                f"together, the context, got {len(ids) + max_tokens}; {remedy}"
+            )
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        for string in stops:
+            if not isinstance(string, str):
+                raise TypeError(f"stream: stop: wanted strings, got {type(string).__name__}")
+            if not string:
+                raise ValueError("stream: stop: wanted non-empty strings, got an empty one")
+        return self._run(ids, sampling, int(max_tokens), stops)
+
+    def generate(self, prompt: Prompt, **arguments: Any) -> str:
+        """The whole text that `stream` would yield; the same arguments."""
+        return "".join(step.text for step in self.stream(prompt, **arguments))
+
+    def _run(self, ids: np.ndarray, sampling: Sampling, max_tokens: int, stops: tuple[str, ...]) -> Iterator[Step]:
+        with self._memory_errors(len(ids) + max_tokens):
+            yield from generate_steps(
+                self.network, self.tokenizer, ids.tolist(), sampling=sampling, max_tokens=max_tokens, stop=stops,
+                end_ids=self.generation_config.eos_token_id,
+            )  # fmt: skip
+
+    def _encode(self, prompt: Prompt, enable_thinking: bool | None, tools: list[dict[str, Any]] | None) -> np.ndarray:
+        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
+            messages = list(prompt)
+            prompt = self.tokenizer.apply_chat_template(messages, enable_thinking=enable_thinking, tools=tools)
+        if isinstance(prompt, str):
+            try:
+                prompt = self.tokenizer.encode(prompt)
+            except UnicodeEncodeError:  # lone surrogates: what Python makes of bytes that are not UTF-8
+                raise ValueError("stream: prompt: wanted valid Unicode text, got text with lone surrogates") from None
+        return self._check_ids(prompt, "stream: prompt")
+
+    def _check_ids(self, ids: Any, where: str) -> np.ndarray:
+        if len(ids) == 0:
+            raise ValueError(f"{where}: wanted at least one token, got none; give some text")
+        array = np.asarray(ids)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise TypeError(f"{where}: wanted a flat list of token ids, got shape {list(array.shape)} of {array.dtype}")
+        if array.min() < 0 or array.max() >= self.config.vocab_size:
+            raise ValueError(f"{where}: wanted ids in 0..{self.config.vocab_size - 1}, got {array.min()}..{array.max()}")
+        return array.astype(np.int32)
+
+    def _sampling(self, *, temperature: float | None, **given: Any) -> Sampling:
+        defaults = self.generation_config
+        filters = ("top_k", "top_p", "min_p")
+        asked = any(given[key] is not None for key in filters)
+        if temperature is None:
+            temperature = (1.0 if asked else 0.0) if not defaults.do_sample else defaults.temperature
+            temperature = 1.0 if temperature is None else temperature
+        for key in (*filters, "repetition_penalty"):
+            recommended = getattr(defaults, key) if defaults.do_sample else None
+            given[key] = recommended if given[key] is None else given[key]
+        return Sampling(temperature=temperature, **{key: value for key, value in given.items() if value is not None})
+
+    def _memory_errors(self, tokens: int) -> _MemoryErrors:
+        need = tokens * KVCache.bytes_per_token(self.config, self.network.kv_dtype)
+        return _MemoryErrors(f"{tokens} tokens need {need / 1e9:.2f} GB of cache and some workspace", self.network.device)
+
+
+class _MemoryErrors:
+    """Turns an allocation failure inside the `with` block into one MemoryError that says what was needed."""
+
+    def __init__(self, need: str, device: Device) -> None:
+        self.need, self.device = need, device
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None and launch.is_out_of_memory(error):
+            remedy = "use fewer tokens or a smaller model"
+            raise MemoryError(f"{self.need}, more than there is{_free(self.device)}; {remedy}") from None
+
+
+def _free(device: Device) -> str:
+    return f" ({launch.free_bytes() / 1e9:.2f} GB free on the GPU)" if device.name == "cuda" else ""
+
+
+def _choose_device(device: str | None, dtype: str | None) -> Device:
+    if device not in (None, "cuda", "cpu"):
+        raise ValueError(f'load: device: wanted "cuda", "cpu" or None, got {device!r}')
+    if dtype not in (None, "float32", "float64"):
+        raise ValueError(f'load: dtype: wanted "float32" or "float64", got {dtype!r}')
+    if device is None:
+        device = "cuda" if dtype != "float64" and launch.has_gpu() else "cpu"
+    if device == "cpu":
+        return Device.cpu(dtype or "float32")
+    if dtype == "float64":
+        raise ValueError('load: dtype: wanted "float32" on the GPU, got "float64"; use device="cpu" for float64')
+    launch.cupy()  # raises DeviceError with the remedy
+    return Device.cuda()
+
+
+def _choose_kv_dtype(kv_dtype: str | None, device: Device) -> Any:
+    if kv_dtype is None:
+        return device.dtype if device.name == "cpu" else np.dtype(ml_dtypes.bfloat16)
+    allowed = [name for name in KV_DTYPES if name != "float64" or device.name == "cpu"]
+    if kv_dtype not in allowed:
+        raise ValueError(f"load: kv_dtype: wanted {' or '.join(allowed)}, got {kv_dtype!r}")
+    return np.dtype(KV_DTYPES[kv_dtype])
+
+
+def _choose_context(max_context: int | None, config: Config) -> int:
+    if max_context is None:
+        return config.max_position_embeddings
+    if isinstance(max_context, bool) or not isinstance(max_context, int):
+        raise TypeError(f"load: max_context: wanted an int, got {type(max_context).__name__}")
+    if not 1 <= max_context <= config.max_position_embeddings:
+        raise ValueError(
+            f"load: max_context: wanted 1..{config.max_position_embeddings}, the model's max_position_embeddings, "
+            f"got {max_context}"
+        )
+    return max_context

@@ -1,0 +1,143 @@
+"""CUDA sources to compiled kernels, and the few things that the package needs from a GPU.
+
+The only module that imports CuPy, and only inside functions: `import cuqwen` needs neither CuPy nor a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Inside the package in a wheel, beside it in a checkout or an editable install.
+KERNEL_FOLDER = next(
+    (p for p in (Path(__file__).parent / "kernels", Path(__file__).parent.parent / "kernels") if p.is_dir()),
+    Path(__file__).parent / "kernels",
+)
+
+Launch = Callable[..., None]
+Defines = tuple[tuple[str, str], ...]
+
+
+class DeviceError(RuntimeError):
+    """There is no usable NVIDIA GPU, or what CuPy needs to reach it is missing."""
+
+
+def source(file: str) -> str:
+    """The text of `kernels/<file>.cu` with our own headers pasted in, each once.
+
+    CuPy's disk cache is keyed by the source text and not by the files that it includes, so a changed header would
+    otherwise bring back the old kernel. `#line` keeps compiler messages pointing at the real files.
+    """
+    pasted: set[str] = set()
+
+    def paste(name: str) -> str:
+        path = KERNEL_FOLDER / name
+        lines = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            include = re.match(r'\s*#include "([^"]+)"', line)
+            if line.strip() == "#pragma once":
+                lines.append("")
+            elif include is None:
+                lines.append(line)
+            elif include[1] in pasted:
+                lines.append("")
+            else:
+                pasted.add(include[1])
+                lines += [paste(include[1]), f'#line {number + 1} "kernels/{name}"']
+        return "\n".join([f'#line 1 "kernels/{name}"', *lines])
+
+    return paste(f"{file}.cu") + "\n"
+
+
+@functools.cache
+def load_function(file: str, entry: str, defines: Defines) -> Launch:
+    """Compile `kernels/<file>.cu` with `-D` for each of `defines` and return its entry point as
+    `launch(grid, block, args, shared_bytes=0)`, which runs on CuPy's current stream.
+
+    CuPy keeps the compiled code on disk; this function remembers the entry points of this process.
+    """
+    function = _module(file, defines).get_function(entry)
+
+    def launch(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_bytes: int = 0) -> None:
+        for i, arg in enumerate(args):
+            if isinstance(arg, (bool, int, float)):
+                # CuPy would hand over 8 bytes: a float parameter would read half of a double
+                raise TypeError(f"{entry}: argument {i} is a bare {type(arg).__name__}; wanted a NumPy scalar or an array")
+        function(grid, block, args, shared_mem=shared_bytes)
+
+    return launch
+
+
+@functools.cache
+def _module(file: str, defines: Defines) -> Any:
+    options = ("--std=c++17", *(f"-D{name}={value}" for name, value in defines))
+    return cupy().RawModule(code=source(file), options=options)
+
+
+@functools.cache
+def cupy() -> Any:
+    """The cupy module; `DeviceError` with the remedy if it cannot be imported or sees no GPU."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise DeviceError(
+            f"CuPy cannot be imported ({error}); for an NVIDIA GPU install it with "
+            'pip install "cuqwen[cuda13]" (driver 580 or newer) or "cuqwen[cuda12]", or use device="cpu"'
+        ) from None
+    if not cupy.cuda.is_available():
+        raise DeviceError(
+            "no NVIDIA GPU or no driver was found; see whether nvidia-smi lists a GPU, "
+            'or use device="cpu" (--device cpu)'
+        )
+    major, minor = cupy.cuda.Device().compute_capability[:-1], cupy.cuda.Device().compute_capability[-1]
+    if int(major) < 8:
+        raise DeviceError(
+            f"this GPU has compute capability {major}.{minor}; wanted 8.0 (Ampere) or newer for bf16; "
+            'use device="cpu" (--device cpu)'
+        )
+    return cupy
+
+
+def has_gpu() -> bool:
+    """Whether kernels can run in this process."""
+    try:
+        cupy()
+    except DeviceError:
+        return False
+    return True
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Uninitialised GPU memory as a CuPy array."""
+    return cupy().empty(shape, dtype)
+
+
+def upload(array: np.ndarray) -> Any:
+    """A copy of a NumPy array on the GPU, same shape and dtype."""
+    return cupy().asarray(array)
+
+
+def is_gpu_array(array: Any) -> bool:
+    return type(array).__module__.partition(".")[0] == "cupy"
+
+
+def free_bytes() -> int:
+    """GPU memory that can still be allocated, CuPy's own idle blocks included."""
+    cp = cupy()
+    return cp.cuda.Device().mem_info[0] + cp.get_default_memory_pool().free_bytes()
+
+
+def peak_bandwidth() -> float:
+    """The GPU's theoretical memory bandwidth in bytes a second: clock x 2 (double data rate) x bus width."""
+    attributes = cupy().cuda.Device().attributes
+    return 2e3 * attributes["MemoryClockRate"] * attributes["GlobalMemoryBusWidth"] / 8
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that GPU or host memory ran out."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -1,0 +1,132 @@
+"""The operations in NumPy: the truth that every kernel is held to.
+
+Everything is computed in float64 if the first floating-point argument is float64 and in float32 otherwise; weights of
+other types (bf16 and f16 are subsets of float32) are widened first. `ops` documents the arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = Any
+
+
+def _compute_dtype(x: Array) -> type:
+    return np.float64 if x.dtype == np.float64 else np.float32
+
+
+def _store(value: Array, out: Array | None) -> Array:
+    if out is None:
+        return value
+    out[...] = value.astype(out.dtype, copy=False)
+    return out
+
+
+def embed(ids: Array, table: Array, *, out: Array | None = None) -> Array:
+    if ids.size and not (0 <= ids.min() and ids.max() < len(table)):
+        raise ValueError(f"embed: ids: wanted 0..{len(table) - 1}, got {ids.min()}..{ids.max()}")
+    return _store(table[ids].astype(_compute_dtype(table), copy=False), out)
+
+
+def rmsnorm(x: Array, weight: Array, eps: float = 1e-6, *, out: Array | None = None) -> Array:
+    dtype = _compute_dtype(x)
+    x = x.astype(dtype, copy=False)
+    mean_square = np.mean(np.square(x), axis=-1, keepdims=True, dtype=dtype)
+    return _store(x / np.sqrt(mean_square + dtype(eps)) * weight.astype(dtype, copy=False), out)
+
+
+def matmul(x: Array, weight: Array, *, residual: Array | None = None, out: Array | None = None) -> Array:
+    dtype = _compute_dtype(x)
+    product = x.astype(dtype, copy=False) @ weight.astype(dtype, copy=False).T
+    return _store(product if residual is None else product + residual, out)
+
+
+def qkv_rope(
+    x: Array,
+    q_proj: Array,
+    k_proj: Array,
+    v_proj: Array,
+    cos: Array,
+    sin: Array,
+    positions: Array,
+    *,
+    q_bias: Array | None = None,
+    k_bias: Array | None = None,
+    v_bias: Array | None = None,
+    q_norm: Array | None = None,
+    k_norm: Array | None = None,
+    out: tuple[Array | None, ...] = (None, None, None, None, None),
+) -> tuple[Array, Array, Array, Array, Array]:
+    dtype = _compute_dtype(x)
+    half = cos.shape[-1]
+    if positions.size and not (0 <= positions.min() and positions.max() < len(cos)):
+        raise ValueError(
+            f"qkv_rope: positions: wanted 0..{len(cos) - 1}, the rows of cos, got {positions.min()}..{positions.max()}"
+        )
+    cos, sin = (a[positions].astype(dtype, copy=False)[:, None, :] for a in (cos, sin))
+
+    def heads(proj: Array, bias: Array | None) -> Array:
+        product = matmul(x, proj)
+        if bias is not None:
+            product = product + bias.astype(dtype, copy=False)
+        return product.reshape(len(x), -1, 2 * half)
+
+    def rotate(a: Array, gain: Array | None) -> Array:
+        if gain is not None:
+            a = a * gain.astype(dtype, copy=False)
+        low, high = a[..., :half], a[..., half:]
+        return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
+
+    q, k, v = heads(q_proj, q_bias), heads(k_proj, k_bias), heads(v_proj, v_bias)
+    q_ms, k_ms = (np.mean(np.square(a), axis=-1, dtype=dtype) for a in (q, k))
+    results = rotate(q, q_norm), rotate(k, k_norm), v, q_ms, k_ms
+    return tuple(_store(value, target) for value, target in zip(results, out, strict=True))  # type: ignore[return-value]
+
+
+def qk_norm(
+    q: Array,
+    k: Array,
+    q_ms: Array,
+    k_ms: Array,
+    eps: float = 1e-6,
+    *,
+    out: tuple[Array | None, Array | None] = (None, None),
+) -> tuple[Array, Array]:
+    dtype = _compute_dtype(q)
+    q, k = (a / np.sqrt(ms + dtype(eps))[..., None] for a, ms in ((q, q_ms), (k, k_ms)))
+    return _store(q, out[0]), _store(k, out[1])
+
+
+def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Array | None = None) -> Array:
+    dtype = _compute_dtype(q)
+    tokens, heads, dim = q.shape
+    if positions.size and not (0 <= positions.min() and positions.max() < len(keys)):
+        raise ValueError(
+            f"attention: positions: wanted 0..{len(keys) - 1}, the rows of keys, got {positions.min()}..{positions.max()}"
+        )
+    result = np.empty((tokens, heads, dim), dtype)
+    block = 256  # queries at a time: bounds the scores to H x 256 x S
+    for first in range(0, tokens, block):
+        at = positions[first : first + block]
+        seen = int(at.max()) + 1
+        k = keys[:seen].astype(dtype, copy=False).transpose(1, 2, 0)  # [K, D, S]
+        v = values[:seen].astype(dtype, copy=False).transpose(1, 0, 2)  # [K, S, D]
+        grouped = q[first : first + block].reshape(len(at), k.shape[0], -1, dim).transpose(1, 2, 0, 3)  # [K, H/K, T, D]
+        scores = grouped @ k[:, None] * dtype(dim**-0.5)
+        scores = np.where(np.arange(seen) <= at[:, None], scores, -np.inf)
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=-1, keepdims=True)
+        result[first : first + block] = (scores @ v[:, None]).transpose(2, 0, 1, 3).reshape(len(at), heads, dim)
+    return _store(result, out)
+
+
+def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
+    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the correct limit 0
+        return _store(gate / (1 + np.exp(-gate)) * up, out)
+
+
+def argmax(x: Array, *, out: Array | None = None) -> Array:
+    return _store(np.argmax(x, axis=-1).astype(np.int32), out)

@@ -1,0 +1,61 @@
+// Storage types, conversions, wide loads and block reductions shared by the kernels. No kernel in here.
+//
+// CuPy compiles with -ftz=true: float32 subnormals are flushed to zero everywhere. Square root and division are
+// IEEE-rounded (NVRTC's default), so 1.0f / sqrtf(x) is used where rsqrtf(x) would add two ulp.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef float f32;
+typedef __half f16;
+typedef __nv_bfloat16 bf16;
+
+#define NOT_A_NUMBER __int_as_float(0x7fc00000)
+#define MINUS_INFINITY __int_as_float(0xff800000)
+
+__device__ __forceinline__ float to_float(f32 x) { return x; }
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+
+// One rounding, to nearest even.
+__device__ __forceinline__ void store(f32* p, float x) { *p = x; }
+__device__ __forceinline__ void store(f16* p, float x) { *p = __float2half_rn(x); }
+__device__ __forceinline__ void store(bf16* p, float x) { *p = __float2bfloat16_rn(x); }
+
+// Eight consecutive elements from a 16-byte aligned address.
+__device__ __forceinline__ void load8(const f32* p, float (&v)[8]) {
+    const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+__device__ __forceinline__ void load8(const bf16* p, float (&v)[8]) {
+    const uint4 a = *reinterpret_cast<const uint4*>(p);
+    const unsigned pairs[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // a bf16 is the upper half of a float32
+        v[2 * i] = __uint_as_float(pairs[i] << 16);
+        v[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+}
+__device__ __forceinline__ void load8(const f16* p, float (&v)[8]) {
+    union { uint4 bits; f16 half[8]; } a;
+    a.bits = *reinterpret_cast<const uint4*>(p);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = __half2float(a.half[i]);
+}
+
+// Sum over the 32 lanes of a warp; every lane gets it.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+// Sum over a block of whole warps; every thread gets it. `scratch` is 32 floats of shared memory that nobody else
+// uses until the block's next barrier after this call.
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    x = warp_sum(x);
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < warps ? scratch[lane] : 0.0f);
+}

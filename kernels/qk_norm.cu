@@ -1,0 +1,34 @@
+// qk_norm: q_out = q / sqrt(q_ms + eps),  k_out = k / sqrt(k_ms + eps), one scalar a head
+//
+// What is left of Qwen3's per-head RMSNorm after qkv_rope: the gain was applied there, before the rotation, and the
+// rotation keeps a head's mean square, so the scalar may follow it.
+//
+// Entry point  qk_norm                always
+// Arguments    q_out  [T, H, D]  float32; may be q
+//              k_out  [T, K, D]  K_TYPE, for instance rows of the cache; may be k where K_TYPE is f32
+//              q      [T, H, D]  float32, rotated and gained;      k     [T, K, D]  float32, likewise
+//              q_ms   [T, H]     float32, mean square of the un-gained head;  k_ms  [T, K]  float32, likewise
+//              H, K, D           int32
+//              eps               float32
+// Constants    K_TYPE            bf16 | f16 | f32
+// Work         block = one head of one token, 128 threads; grid (T, H + K); no shared memory
+// Precision    float32; one rounding when k is stored narrower
+// Error bound  4 eps32 relative, before the final rounding
+// Traffic      T D (8 H + (4 + sizeof(K_TYPE)) K) bytes, T D (H + K) FLOP
+// Determinism  elementwise
+// Wrapper cuda.qk_norm · truth reference.qk_norm · test tests/test_ops.py · benchmark benchmarks/ops.py
+#include "common.cuh"
+
+extern "C" __global__ void __launch_bounds__(128)
+qk_norm(float* q_out, K_TYPE* k_out, const float* q, const float* k, const float* __restrict__ q_ms,
+        const float* __restrict__ k_ms, int H, int K, int D, float eps) {
+    const int t = blockIdx.x, h = blockIdx.y;
+    const bool is_q = h < H;
+    const size_t head = is_q ? (size_t)t * H + h : (size_t)t * K + h - H;
+    const float scale = 1.0f / sqrtf((is_q ? q_ms : k_ms)[head] + eps);
+    for (int d = threadIdx.x; d < D; d += blockDim.x) {
+        const size_t at = head * D + d;
+        if (is_q) q_out[at] = q[at] * scale;
+        else store(k_out + at, k[at] * scale);
+    }
+}
