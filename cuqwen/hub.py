@@ -81,6 +81,7 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
 def _download(model_id: str, revision: str | None, progress: bool) -> Path:
     """The cache folder of one commit of `model_id`, with every file that is needed in it."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub.hf_api import RepoFile
 
     with _hub_call(model_id, revision):
         folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=list(_SMALL_FILES)))
@@ -93,11 +94,12 @@ def _download(model_id: str, revision: str | None, progress: bool) -> Path:
     # By commit, which is the folder's name: the branch may move between the calls.
     commit = folder.name
     with _hub_call(model_id, revision):
-        found = {file.path: file for file in HfApi().get_paths_info(model_id, missing, revision=commit)}
-    absent = [name for name in missing if name not in found]
+        found = HfApi().get_paths_info(model_id, missing, revision=commit)
+    sizes = {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}
+    absent = [name for name in missing if name not in sizes]
     if absent:
         raise CheckpointError(_lacks_files(model_id, absent))
-    wanted = sum(file.size for file in found.values())
+    wanted = sum(sizes.values())
     if wanted > _free_bytes(constants.HF_HUB_CACHE):
         raise CheckpointError(f"model {model_id!r}: {_no_room(wanted)}")
     # One after the other in this thread: the client's own pool of threads would keep an interrupt waiting until the
@@ -105,7 +107,7 @@ def _download(model_id: str, revision: str | None, progress: bool) -> Path:
     for name in missing:
         with _hub_call(model_id, revision, progress=progress, file=name, wanted=wanted):
             hf_hub_download(model_id, name, revision=commit)
-        wanted -= found[name].size
+        wanted -= sizes[name]
     return folder
 
 
@@ -212,11 +214,10 @@ def _lacks_files(model_id: str, names: list[str]) -> str:
 def _no_room(wanted: int | None) -> str:
     from huggingface_hub import constants
 
-    size = "" if wanted is None else f"wanted {wanted / 1e9:.2f} GB, "
-    free = _free_bytes(constants.HF_HUB_CACHE)
+    size = "" if wanted is None else f"wanted {_in_units(wanted)}, "
     return (
-        f"not enough room on the disk: {size}available {free / 1e9:.2f} GB in {constants.HF_HUB_CACHE}; "
-        "make room, or set HF_HOME to a folder on a larger disk"
+        f"not enough room on the disk: {size}available {_in_units(_free_bytes(constants.HF_HUB_CACHE))} in "
+        f"{constants.HF_HUB_CACHE}; make room, or set HF_HOME to a folder on a larger disk"
     )
 
 
@@ -226,6 +227,10 @@ def _free_bytes(folder: str) -> int:
     while not os.path.isdir(path):
         path = os.path.dirname(path)
     return shutil.disk_usage(path).free
+
+
+def _in_units(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _shorten(text: str, length: int = 200) -> str:

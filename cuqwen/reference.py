@@ -71,7 +71,7 @@ def qkv_rope(
         product = matmul(x, proj)
         if bias is not None:
             product = product + bias.astype(dtype, copy=False)
-        return product.reshape(len(x), -1, 2 * half)
+        return product.reshape(len(x), len(proj) // (2 * half), 2 * half)
 
     def rotate(a: Array, gain: Array | None) -> Array:
         if gain is not None:

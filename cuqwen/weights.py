@@ -1,0 +1,377 @@
+"""Checkpoint files to arrays: every expected tensor is found, every found tensor is expected.
+
+A checkpoint is `model.safetensors`, or `model.safetensors.index.json` with the shards it names; where both are there,
+the single file counts, as in transformers. Names, shapes and dtypes of all tensors are compared with the
+configuration from the files' headers, before any data is read. bfloat16, float16 and float32 are handed on as stored,
+whatever `dtype` in config.json says.
+
+Not errors: names without the leading `model.` (the Embedding checkpoints); rotary `inv_freq` buffers (old files hold
+them, they follow from rope_theta); and `lm_head.weight` beside tied embeddings (0.6B and 1.7B store it twice), but only
+as a copy of the embedding. Where the two differ, config.json and the weights contradict each other, and frameworks
+disagree on which one to believe (transformers 4 the first, transformers 5 the second), so that is refused.
+
+Host memory: tensors are read one at a time, and the file is unmapped and mapped again after each `_WINDOW` bytes, since
+mapped pages that were touched count as memory of the process. At the peak there are, besides what `place` keeps, one
+tensor, its mapped pages, and less than one window.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .config import CheckpointError, Config, describe_folder, read_json
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+Array = Any  # a NumPy or a CuPy array: whatever `place` returns
+
+_WINDOW = 64 << 20  # bytes
+_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # safetensors' names, bytes per element
+_EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}  # all ones in NaN and infinity
+_LAYER_NAMES = {  # field of LayerWeights: the name in the file, after "model.layers.{i}."
+    "input_layernorm": "input_layernorm.weight",
+    "q_proj": "self_attn.q_proj.weight",
+    "k_proj": "self_attn.k_proj.weight",
+    "v_proj": "self_attn.v_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "o_proj": "self_attn.o_proj.weight",
+    "post_attention_layernorm": "post_attention_layernorm.weight",
+    "gate_proj": "mlp.gate_proj.weight",
+    "up_proj": "mlp.up_proj.weight",
+    "down_proj": "mlp.down_proj.weight",
+}
+
+
+@dataclass
+class LayerWeights:
+    """One layer. Projections are [out, in], row-major, as in the file."""
+
+    input_layernorm: Array  # [C]
+    q_proj: Array  # [H*D, C]
+    k_proj: Array  # [K*D, C]
+    v_proj: Array  # [K*D, C]
+    o_proj: Array  # [C, H*D]
+    post_attention_layernorm: Array  # [C]
+    gate_proj: Array  # [F, C]
+    up_proj: Array  # [F, C]
+    down_proj: Array  # [C, F]
+    q_bias: Array | None = None  # [H*D], Qwen2 only
+    k_bias: Array | None = None  # [K*D], Qwen2 only
+    v_bias: Array | None = None  # [K*D], Qwen2 only
+    q_norm: Array | None = None  # [D], Qwen3 only
+    k_norm: Array | None = None  # [D], Qwen3 only
+
+
+@dataclass
+class Weights:
+    """All weights of a model."""
+
+    embed_tokens: Array  # [V, C]
+    layers: list[LayerWeights]
+    norm: Array  # [C]
+    lm_head: Array  # [V, C], the very object embed_tokens when the two are tied
+
+
+def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
+    """The checkpoint name and shape of each tensor which a model with this configuration has, in layer order."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "q_proj": (q_size, hidden),
+        "k_proj": (kv_size, hidden),
+        "v_proj": (kv_size, hidden),
+    }
+    if config.has_qkv_bias:
+        layer |= {"q_bias": (q_size,), "k_bias": (kv_size,), "v_bias": (kv_size,)}
+    if config.has_qk_norm:
+        layer |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    layer |= {"o_proj": (hidden, q_size), "post_attention_layernorm": (hidden,)}
+    layer |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        names |= {f"model.layers.{i}.{_LAYER_NAMES[field]}": shape for field, shape in layer.items()}
+    names["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        names["lm_head.weight"] = (config.vocab_size, hidden)
+    return names
+
+
+def read(
+    folder: Path,
+    config: Config,
+    place: Callable[[np.ndarray], Array],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Weights:
+    """Reads the checkpoint in `folder`.
+
+    `place` is called once per tensor, shard by shard in file order, with a C-contiguous array of ml_dtypes.bfloat16,
+    float16 or float32; what it returns stands in the result. `progress` is called with (bytes done, bytes in all).
+    Raises CheckpointError if a file is missing or unreadable, or the tensors are not those of `config`.
+    """
+    tensors = _survey(Path(folder), config)
+    copy = tensors.pop("lm_head.weight") if config.tie_word_embeddings and "lm_head.weight" in tensors else None
+    if copy is not None:
+        _check_copy(tensors["model.embed_tokens.weight"], copy)
+    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
+    if progress is not None:
+        progress(done, total)
+    placed: dict[str, Array] = {}
+    reader = _Reader()
+    for name, tensor in tensors.items():
+        placed[name] = place(reader.read(tensor))  # no name for the array itself: it would outlive its turn
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
+    reader.close()
+    layers = []
+    for i in range(config.num_hidden_layers):
+        names = {field: f"model.layers.{i}.{name}" for field, name in _LAYER_NAMES.items()}
+        layers.append(LayerWeights(**{field: placed[name] for field, name in names.items() if name in placed}))
+    embedding = placed["model.embed_tokens.weight"]
+    lm_head = embedding if config.tie_word_embeddings else placed["lm_head.weight"]
+    return Weights(embedding, layers, placed["model.norm.weight"], lm_head)
+
+
+def check_finite(folder: Path, config: Config) -> None:
+    """Reads all weights once and raises CheckpointError, naming the tensors, if any holds NaN or infinity."""
+    bad = []
+    reader = _Reader()
+    for name, tensor in _survey(Path(folder), config).items():
+        count, first = 0, None
+        for start, stop in tensor.chunks():
+            part = reader.read(tensor, start, stop)
+            exponent = _EXPONENTS[part.dtype.name]
+            wrong = (part.view(f"u{part.itemsize}") & exponent) == exponent
+            if first is None and wrong.any():
+                index = np.unravel_index(np.argmax(wrong), wrong.shape)
+                first = f"first {part[index]} at {[int(index[0]) + start, *map(int, index[1:])]}"
+            count += int(np.count_nonzero(wrong))
+        if count:
+            bad.append(f"{name}: {count} of {int(np.prod(tensor.shape))} ({first})")
+    reader.close()
+    if bad:
+        raise CheckpointError(
+            f"{folder}: wanted finite weights, got NaN or infinity in {len(bad)} tensors: {_shortened(bad, '; ')}. "
+            f"Download the checkpoint again; if it stays so, the checkpoint itself is damaged"
+        )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where one tensor is stored."""
+
+    path: Path
+    stored_name: str
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * _DTYPES[self.dtype]
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Ranges of the first axis, each of at most a quarter window (but at least one row)."""
+        rows = max(1, (_WINDOW // 4) // (self.nbytes // self.shape[0]))
+        return [(start, min(start + rows, self.shape[0])) for start in range(0, self.shape[0], rows)]
+
+
+class _Reader:
+    """Reads tensors, keeping the last file mapped until another is wanted or a window's worth has been read."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.file: Any = None
+        self.touched = 0  # bytes
+
+    def read(self, tensor: _Tensor, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        """The whole tensor, or rows start..stop of it: an array of its own, not a view of the file."""
+        from safetensors import SafetensorError
+
+        if tensor.path != self.path or self.touched >= _WINDOW:
+            self.close()
+            self.path, self.file = tensor.path, _open(tensor.path)
+        rows = tensor.shape[0] if start is None or stop is None else stop - start
+        self.touched += tensor.nbytes // tensor.shape[0] * rows
+        try:
+            if start is None:
+                return self.file.get_tensor(tensor.stored_name)
+            return self.file.get_slice(tensor.stored_name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(_unreadable(tensor.path, error)) from error
+
+    def close(self) -> None:
+        self.path, self.file, self.touched = None, None, 0
+
+
+def _survey(folder: Path, config: Config) -> dict[str, _Tensor]:
+    """All tensors that are used, by checkpoint name, in file order, after comparing them with `config`.
+
+    With tied embeddings a stored `lm_head.weight` is part of the result. Raises CheckpointError.
+    """
+    expected = expected_tensors(config)
+    allowed = expected | {"lm_head.weight": expected["model.embed_tokens.weight"]}
+    files = _files(folder)
+    found: dict[str, _Tensor] = {}
+    wrong: dict[str, list[str]] = {"unexpected": [], "misshaped": [], "found twice": [], "not BF16, F16 or F32": []}
+    for tensor in _stored_tensors(files):
+        name = _full_name(tensor.stored_name)
+        if tensor.dtype not in _DTYPES:
+            wrong["not BF16, F16 or F32"].append(f"{name} ({tensor.dtype})")
+        if name not in allowed:
+            wrong["unexpected"].append(name)
+        elif name in found:
+            wrong["found twice"].append(f"{name} (in {found[name].path.name} and in {tensor.path.name})")
+        elif tensor.shape != allowed[name]:
+            wrong["misshaped"].append(f"{name} (wanted {list(allowed[name])}, got {list(tensor.shape)})")
+        found.setdefault(name, tensor)
+    promised = {_full_name(name): f" (the index promises it in {path.name})" for path in files for name in files[path]}
+    wrong = {"missing": [name + promised.get(name, "") for name in expected if name not in found], **wrong}
+    if any(wrong.values()):
+        differences = [f"{len(names)} {kind}: {_shortened(names)}" for kind, names in wrong.items() if names]
+        remedy = "Download config.json and all *.safetensors of one dense Qwen checkpoint again"
+        if wrong["not BF16, F16 or F32"]:
+            remedy = "Use the unquantised checkpoint, or save it again in bfloat16, float16 or float32"
+        raise CheckpointError(
+            f"{folder}: wanted the {len(expected)} tensors that config.json asks for, "
+            f"got {'; '.join(differences)}. {remedy}"
+        )
+    return found
+
+
+def _stored_tensors(files: Iterable[Path]) -> Iterator[_Tensor]:
+    """What the headers say, in the order of the data, without the rotary buffers."""
+    for path in files:
+        file = _open(path)
+        for stored_name in getattr(file, "offset_keys", file.keys)():  # offset_keys came with safetensors 0.6
+            if not stored_name.endswith("rotary_emb.inv_freq"):
+                view = file.get_slice(stored_name)
+                yield _Tensor(path, stored_name, tuple(view.get_shape()), view.get_dtype())
+
+
+def _full_name(stored_name: str) -> str:
+    """The name with the prefix `model.`, which checkpoints of the bare model (Embedding) leave out."""
+    return f"model.{stored_name}" if stored_name.startswith(("embed_tokens.", "layers.", "norm.")) else stored_name
+
+
+def _files(folder: Path) -> dict[Path, list[str]]:
+    """The safetensors files of a checkpoint, each with the tensor names which the index promises in it."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return {single: []}
+    if not index.exists():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        if others:
+            state = f" and no model.safetensors.index.json, but {_shortened(others)}. Download the index as well"
+        else:
+            state = f" in this folder{describe_folder(folder)}"
+        raise CheckpointError(f"{folder}: no model.safetensors{state}")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise CheckpointError(
+            f"{index}: weight_map: wanted an object from tensor names to file names. Download this file again"
+        )
+    files: dict[Path, list[str]] = {}
+    for name, file in names.items():
+        # A plain name, for an index can come from anyone. The hub's cache holds links, so resolved paths say nothing
+        if not file.endswith(".safetensors") or any(mark in file for mark in ("/", "\\", ":", "\0")):
+            raise CheckpointError(
+                f"{index}: weight_map: {name}: wanted the name of a *.safetensors file in this folder, got {file!r}. "
+                f"Download this file again from a source you trust"
+            )
+        files.setdefault(folder / file, []).append(name)
+    files = dict(sorted(files.items()))
+    missing = [path.name for path in files if not path.exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(files)} files that {index.name} names are missing: "
+            f"{_shortened(missing)}. Download them into this folder"
+        )
+    return files
+
+
+def _open(path: Path) -> "safe_open":
+    """Maps the file. The mapping ends when neither this object nor one of its slices is alive any more."""
+    import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors asks for it by name)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+
+
+_CONVERT = "Convert the checkpoint: load it with transformers' from_pretrained, then call save_pretrained"
+_OTHER_FORMATS = (
+    (b"version https://git-lfs", "a Git LFS pointer", "Run `git lfs pull` there, or download the file from the hub"),
+    (b"PK\x03\x04", "a zip archive, perhaps a PyTorch pickle", _CONVERT),
+    (b"\x80\x02", "a Python pickle", _CONVERT),
+    (b"\x80\x03", "a Python pickle", _CONVERT),
+    (b"\x80\x04", "a Python pickle", _CONVERT),
+    (b"\x80\x05", "a Python pickle", _CONVERT),
+    (b"GGUF", "a GGUF file (llama.cpp's format)", "Use the original checkpoint"),
+    (b"<", "a web page or XML, such as an error page", "Download the file again"),
+)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """The message about a file that the safetensors library refuses."""
+    again = "Download the file again"
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as refusal:
+        return f"{path}: cannot be read ({refusal.strerror}). Check the file and its permissions"
+    if size < 8:
+        return f"{path}: wanted a safetensors file, got {f'{size} bytes' if size else 'an empty file'}. {again}"
+    header = int.from_bytes(start[:8], "little")
+    if header > 100_000_000:  # the format's limit; only now may the first bytes be taken for another format's mark
+        for magic, kind, remedy in _OTHER_FORMATS:
+            if start.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(magic):
+                return f"{path}: wanted a safetensors file, got {kind}. {remedy}"
+        return f"{path}: wanted a safetensors header of at most 100000000 bytes, got a length of {header}. {again}"
+    if header > size - 8:
+        return f"{path}: wanted a header of {header} bytes, got a file of {size}: it is cut short. {again}"
+    try:
+        with open(path, "rb") as file:
+            entries = json.loads(file.read(8 + header)[8:])
+        wanted = 8 + header + max(entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        wanted = size  # the header itself is damaged, and the library says how
+    if wanted != size:
+        return f"{path}: wanted {wanted} bytes, as its header says, got {size}: it is cut short or too long. {again}"
+    return f"{path}: not a valid safetensors file ({error}). {again}"
+
+
+def _check_copy(embedding: _Tensor, copy: _Tensor) -> None:
+    """With tied embeddings a stored lm_head.weight must equal the embedding; raises CheckpointError if it does not."""
+    readers = _Reader(), _Reader()
+    for start, stop in embedding.chunks():
+        a, b = readers[0].read(embedding, start, stop), readers[1].read(copy, start, stop)
+        if a.dtype == b.dtype:  # as bits, which is fast
+            differ = a.view(f"u{a.itemsize}") != b.view(f"u{b.itemsize}")
+        else:
+            differ = a.astype(np.float32) != b.astype(np.float32)
+        if differ.any():
+            row = start + int(np.argmax(differ.any(axis=1)))
+            raise CheckpointError(
+                f"{copy.path}: lm_head.weight: wanted a copy of embed_tokens.weight, as config.json has "
+                f"tie_word_embeddings = true, got other values from row {row} on. Set tie_word_embeddings to false if "
+                f"the output head was trained on its own; otherwise remove lm_head.weight"
+            )
+
+
+def _shortened(names: list[str], separator: str = ", ", most: int = 6) -> str:
+    """The first few names and how many more there are."""
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,77 @@
+// What a kernel compiled for the CPU and the scheduler (runtime.cpp) know of each other.
+//
+// Every CUDA thread is a fibre: a stack of its own that runs until it has to wait for others. The fibres of one block
+// share one OS thread; different blocks may run on different OS threads at once. Between two points where a thread
+// waits nothing else of its block runs, in one of three orders, so what a missing barrier leaves to chance on a GPU is
+// decided by the order here, and differs from one order to the next.
+#pragma once
+#include <stddef.h>
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emu {
+
+// What a running CUDA thread may ask about itself.
+struct Thread {
+    uint3 index, block_index;
+    dim3 block_size, grid_size;
+    unsigned linear, lane;  // index in the block, index in the warp
+    unsigned char* dynamic_shared;
+};
+
+// __thread, not thread_local: no dynamic initialisation, so that an access is two instructions.
+extern __thread const Thread* current __attribute__((tls_model("initial-exec")));
+
+// A place in the kernel's source, for reports. As a default argument it is the caller's line.
+struct Site { const char* file; int line; };
+#define EMU_HERE emu::Site { __builtin_FILE(), __builtin_LINE() }
+
+// __syncthreads and its voting kin: waits for every thread of the block, returns how many brought a vote.
+int block_barrier(const char* what, Site site, bool vote);
+
+// The one building block of everything that a warp does together (shuffles, ballots, matrix products). The lanes of
+// `mask` that have not returned meet here; each brings a pointer to an operand on its own stack. The last one to come
+// runs `complete` for all of them: operands[lane] is valid for every lane in `present`.
+typedef void (*Complete)(unsigned present, void** operands);
+void warp_meet(const char* what, Site site, unsigned mask, void* operand, Complete complete);
+
+// One unsuccessful look at memory that another thread will change: lets the other fibres run, then other blocks.
+// Whatever polls (flags between blocks, mbarriers) must call it in its loop. Polling for too long is reported.
+void poll(const char* what, Site site);
+
+// Ends the launch with a report of this block and thread. Does not return.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// ---- what Python sees of a kernel ----
+
+struct Parameter {
+    const char* type;  // NumPy's name of the dtype, of what it points to for a pointer; "" if there is none
+    int size, is_pointer, is_const;
+};
+
+struct Kernel {
+    void (*call)(void** args);
+    void* (*shared_anchor)();  // the address of a thread_local of the kernel's library in the calling OS thread
+    int max_threads;           // from __launch_bounds__
+    int parameters;
+    Parameter parameter[64];
+};
+
+struct Options {
+    int order;  // of the threads of a block and of the blocks: 0 ascending, 1 descending, 2 shuffled
+    unsigned seed;
+    int workers;      // OS threads
+    int cooperative;  // every block gets an OS thread of its own, so that blocks may wait for each other
+    double patience;  // seconds of nothing but polling until that is reported
+};
+
+}  // namespace emu
+
+// Runs one launch to its end. dims: grid x, y, z, block x, y, z; args: where each argument's bytes are.
+// 0, or 1 with the report in `error`.
+extern "C" int emu_launch(const emu::Kernel* kernel, const emu::Options* options, const unsigned* dims,
+                          size_t shared_bytes, void** args, char* error, size_t error_size);

@@ -1,0 +1,146 @@
+"""The forward pass as a whole: kernels against the reference, whole prompts against single tokens, the cache."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import DEMO, SPECS, write
+
+import cuqwen
+from cuqwen import weights
+from cuqwen.config import Config
+from cuqwen.model import Device, Qwen3
+
+
+def load(folder, device, kv_dtype):
+    config = Config.from_folder(folder)
+    return Qwen3(config, weights.read(folder, config, device.place_weight), device, kv_dtype)
+
+
+def run(network, pieces, ids):
+    """Logits of every token, the sequence fed in pieces of the given lengths; the cache is poisoned first."""
+    cache = network.new_cache(len(ids) + 3)
+    cache.keys[:], cache.values[:] = np.nan, np.nan
+    ids = network.device.upload(np.asarray(ids, np.int32))
+    rows, start = [], 0
+    for length in pieces:
+        rows.append(network.forward(ids[start : start + length], cache, rows=length))
+        start += length
+    assert cache.length == len(ids) == start
+    rows = [row.get() if hasattr(row, "get") else row for row in rows]
+    return np.concatenate(rows)
+
+
+def error(got, truth):
+    return np.linalg.norm(got - truth) / np.linalg.norm(truth)
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def kernels(request):
+    """A Device whose operations run the CUDA sources: on the CPU, or on a GPU."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated_gpu")
+    return Device.cuda()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_kernels_compute_what_the_reference_computes(name, kernels, tmp_path):
+    """Float32 sums in another order: at most four times the float32 reference's own error."""
+    spec = SPECS[name]
+    folder = write(tmp_path, spec)
+    config = Config.from_folder(folder)
+    if config.head_dim % 8:
+        pytest.skip(f"the GPU takes head sizes that are multiples of 8, not {config.head_dim}")
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, 21)
+    truth = run(load(folder, Device.cpu(np.float64), np.float64), [21], ids)
+    own = error(run(load(folder, Device.cpu(), np.float32), [21], ids), truth)
+    network = load(folder, kernels, np.float32)
+    for pieces in ([21], [12, 1, 1, 7], [1] * 5 + [16]):
+        got = run(network, pieces, ids)
+        assert got.dtype == np.float32
+        assert error(got, truth) <= 4 * own
+
+
+def test_demo_on_kernels_with_a_bf16_cache(kernels):
+    """The cache's rounding is the only one: the error stays below that of rounding k and v alone in float64."""
+    ids = np.random.default_rng(2).integers(0, 4095, 24)
+    exact = run(load(DEMO, Device.cpu(np.float64), np.float64), [24], ids)
+    rounded = run(load(DEMO, Device.cpu(np.float64), ml_dtypes.bfloat16), [24], ids)
+    own = error(run(load(DEMO, Device.cpu(), np.float32), [24], ids), exact)
+    got = run(load(DEMO, kernels, ml_dtypes.bfloat16), [20, 1, 3], ids)
+    assert error(got, exact) <= 1.25 * error(rounded, exact) + 4 * own
+
+
+@pytest.mark.parametrize("pieces", [[1] * 40, [39, 1], [1, 39], [7, 13, 20]])
+def test_a_prompt_fed_whole_equals_the_prompt_fed_in_pieces(pieces):
+    network = load(DEMO, Device.cpu(np.float64), np.float64)
+    ids = np.random.default_rng(3).integers(0, 4095, 40)
+    whole = run(network, [40], ids)
+    assert np.max(np.abs(run(network, pieces, ids) - whole)) <= 1e-12 * np.max(np.abs(whole))
+
+
+def test_a_full_cache_is_refused_and_left_as_it_was():
+    network = load(DEMO, Device.cpu(), np.float32)
+    cache = network.new_cache(4)
+    network.forward(np.arange(3), cache)
+    with pytest.raises(ValueError, match="wanted at most 1 more tokens, got 2"):
+        network.forward(np.arange(2), cache)
+    assert cache.length == 3
+    before = network.forward(np.array([5]), cache)
+    assert cache.length == 4 and np.all(np.isfinite(before))
+
+
+def test_a_failure_inside_a_step_leaves_the_sequence_as_it_was(monkeypatch):
+    network = load(DEMO, Device.cpu(), np.float32)
+    cache = network.new_cache(8)
+    network.forward(np.arange(3), cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(network.weights, "lm_head", None)
+        patch.setattr(network.weights.layers[-1], "down_proj", None)
+        with pytest.raises(TypeError):
+            network.forward(np.array([7]), cache)
+    assert cache.length == 3
+    again, fresh = network.forward(np.array([9]), cache), network.new_cache(8)
+    assert np.array_equal(again, network.forward(np.array([0, 1, 2, 9]), fresh)) or error(
+        again, network.forward(np.array([9]), _refill(network, 3))
+    ) == 0
+
+
+def _refill(network, n):
+    cache = network.new_cache(8)
+    network.forward(np.arange(n), cache)
+    return cache
+
+
+@pytest.mark.gpu
+def test_load_on_the_gpu_through_the_public_face():
+    model = cuqwen.load("demo", device="cuda")
+    assert model.device == "cuda"
+    logits = model.logits([1, 2, 3])
+    assert logits.shape == (3, 4096) and logits.dtype == np.float32
+    truth = cuqwen.load("demo", device="cpu", dtype="float64").logits([1, 2, 3])
+    assert error(logits.get(), truth) < 2.0**-8  # the cache's rounding
+    exact = cuqwen.load("demo", device="cuda", kv_dtype="float32")
+    assert error(exact.logits([1, 2, 3]).get(), truth) < 1e-5
+    assert exact.generate("In the beginning", max_tokens=64, temperature=0) == cuqwen.load("demo", device="cpu").generate(
+        "In the beginning", max_tokens=64, temperature=0
+    )
+
+
+@pytest.mark.gpu
+def test_no_wait_for_the_gpu_inside_a_step(monkeypatch):
+    """A step enqueues everything and waits only where the chosen token is read."""
+    import cupy
+
+    network = load(DEMO, Device.cuda(), ml_dtypes.bfloat16)
+    cache = network.new_cache(64)
+    ids = network.device.upload(np.arange(5, dtype=np.int32))
+    network.forward(ids, cache)  # compiles
+    network.forward(ids[:1], cache)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        network.forward(ids[:1], cache)  # allocates on this stream
+        stream.synchronize()
+        stream.begin_capture()  # CuPy and the driver refuse anything that waits while a stream is captured
+        network.forward(ids[:1], cache)
+        graph = stream.end_capture()
+    assert graph is not None

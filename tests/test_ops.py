@@ -1,0 +1,507 @@
+"""Every operation, on each side that computes it, against its formula in float64 written out here.
+
+Sides: the NumPy reference; the CUDA sources run on the CPU; with `-m gpu` the same sources on a GPU. Errors are held to
+the bounds in the heads of the kernels: so many roundings (eps32 = 2**-24 each) of the sum of absolute terms.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cuqwen import launch, ops, rope_table
+
+F32, F16, BF16 = np.float32, np.float16, ml_dtypes.bfloat16
+STORAGE = (BF16, F16, F32)
+EPS32 = 2.0**-24
+HALF_ULP = {np.dtype(F32): 2.0**-24, np.dtype(F16): 2.0**-11, np.dtype(BF16): 2.0**-8}
+TINY = {np.dtype(F32): 2.0**-126, np.dtype(F16): 2.0**-24, np.dtype(BF16): 2.0**-126}  # below: flushed or subnormal
+
+
+class Reference:
+    name = "reference"
+    put = get = staticmethod(lambda array: array)
+
+
+class Emulated(Reference):
+    name = "emulated"
+
+
+class Gpu:
+    name = "gpu"
+
+    @staticmethod
+    def put(array):
+        return None if array is None else launch.upload(np.ascontiguousarray(array))
+
+    @staticmethod
+    def get(array):
+        return array.get()
+
+
+@pytest.fixture(params=[Reference, Emulated, pytest.param(Gpu, marks=pytest.mark.gpu)], ids=lambda side: side.name)
+def side(request):
+    if request.param is Emulated:
+        request.getfixturevalue("emulated_gpu")
+    return request.param
+
+
+@pytest.fixture
+def rng(request):
+    return np.random.default_rng(sum(map(ord, request.node.name)))
+
+
+def random(rng, shape, dtype=F32, scale=1.0):
+    return (rng.standard_normal(shape) * scale).astype(dtype)
+
+
+def poisoned(shape, dtype=F32):
+    return np.full(shape, np.nan).astype(dtype)
+
+
+def wide(array):
+    return None if array is None else array.astype(np.float64)
+
+
+def assert_close(got, truth, bound):
+    """|got - truth| <= bound elementwise, plus the rounding to the type of `got`."""
+    assert got.shape == truth.shape
+    slack = bound + (np.abs(truth) + bound) * HALF_ULP[got.dtype] + TINY[got.dtype]
+    error = np.abs(got.astype(np.float64) - truth)
+    assert np.all(error <= slack), f"worst: {np.max(error / slack):.2f} times the bound"  # NaN fails too
+
+
+# ------------------------------------------------------------------------------------------------ embed
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("shape", [(1,), (0,), (3, 5)])
+def test_embed(side, rng, dtype, shape):
+    table = random(rng, (37, 70), dtype)
+    ids = rng.integers(0, 37, shape).astype(np.int32)
+    out = side.put(poisoned((*shape, 70)))
+    assert ops.embed(side.put(ids), side.put(table), out=out) is out
+    assert np.array_equal(side.get(out), table[ids].astype(F32))
+
+
+def test_embed_of_an_unknown_id(side):
+    table, ids = side.put(np.ones((4, 8), F32)), side.put(np.array([0, 4, -1], np.int32))
+    if side is Reference:
+        with pytest.raises(ValueError, match=r"ids: wanted 0\.\.3, got -1\.\.4"):
+            ops.embed(ids, table)
+    else:
+        got = side.get(ops.embed(ids, table))
+        assert np.all(got[0] == 1) and np.all(np.isnan(got[1:]))
+
+
+# ---------------------------------------------------------------------------------------------- rmsnorm
+
+
+def rmsnorm_truth(x, weight, eps):
+    x, weight = wide(x), wide(weight)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def check_rmsnorm(side, x, weight, out_dtype, eps=1e-6):
+    out = side.put(poisoned(x.shape, out_dtype))
+    ops.rmsnorm(side.put(x), side.put(weight), eps, out=out)
+    truth = rmsnorm_truth(x, weight, eps)
+    assert_close(side.get(out), truth, np.abs(truth) * (x.shape[-1] / 256 + 16) * EPS32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1024), (3, 1000), (2, 5, 96), (0, 64), (4, 5120)])
+def test_rmsnorm(side, rng, shape):
+    check_rmsnorm(side, random(rng, shape), 1 + 0.1 * random(rng, shape[-1:]), F32)
+
+
+@pytest.mark.parametrize("x", STORAGE)
+@pytest.mark.parametrize("weight", STORAGE)
+@pytest.mark.parametrize("out", STORAGE)
+def test_rmsnorm_types(side, rng, x, weight, out):
+    check_rmsnorm(side, random(rng, (3, 200), x), random(rng, (200,), weight), out)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e-3, 1e3, 1e10, 1e15])
+def test_rmsnorm_extreme_scales_and_gains(side, rng, scale):
+    weight = random(rng, (128,))
+    weight[::7] = 96.5
+    check_rmsnorm(side, random(rng, (4, 128), scale=scale), weight, F32)
+
+
+def test_rmsnorm_constant_and_zero_rows(side):
+    x = np.repeat(np.array([[3.0], [-1e-3], [0.0]], F32), 1024, axis=1)
+    check_rmsnorm(side, x, np.full(1024, 96.5, F32), F32)
+
+
+def test_rmsnorm_returns_float32_for_bf16(side, rng):
+    got = ops.rmsnorm(side.put(random(rng, (2, 64), BF16)), side.put(np.ones(64, BF16)))
+    assert got.dtype == F32
+
+
+# ----------------------------------------------------------------------------------------------- matmul
+
+MATMUL_SHAPES = [(1, 64, 64), (1, 513, 1000), (4, 100, 96), (3, 9, 7), (5, 64, 64), (7, 65, 33), (64, 64, 512), (130, 70, 40), (1, 1, 1)]
+
+
+def check_matmul(side, x, weight, residual=None, out=None):
+    got = side.get(ops.matmul(side.put(x), side.put(weight), residual=residual, out=out))
+    truth = wide(x) @ wide(weight).T
+    return got, truth, x.shape[-1] * EPS32 * (np.abs(wide(x)) @ np.abs(wide(weight)).T)
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("T,N,C", MATMUL_SHAPES)
+def test_matmul(side, rng, T, N, C, dtype):
+    assert_close(*check_matmul(side, random(rng, (T, C)), random(rng, (N, C), dtype)))
+
+
+@pytest.mark.parametrize("T", [0, 1, 9])
+def test_matmul_residual_in_place(side, rng, T):
+    x, weight, residual = random(rng, (T, 96)), random(rng, (40, 96), BF16), random(rng, (T, 40))
+    stream = side.put(residual.copy())
+    got, truth, bound = check_matmul(side, x, weight, residual=stream, out=stream)
+    truth = truth + residual
+    assert_close(got, truth, bound + EPS32 * np.abs(truth))
+
+
+@pytest.mark.parametrize("T", [2, 6])
+def test_matmul_of_rows_that_are_not_aligned(side, rng, T):
+    x, weight = side.put(random(rng, (T + 1, 33))), side.put(random(rng, (11, 33), BF16))
+    got = side.get(ops.matmul(x[1:], weight[2:]))
+    x, weight = wide(side.get(x))[1:], wide(side.get(weight))[2:]
+    assert_close(got, x @ weight.T, 33 * EPS32 * (np.abs(x) @ np.abs(weight).T))
+
+
+@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_matmul_extreme_scales(side, rng, T, scale):
+    assert_close(*check_matmul(side, random(rng, (T, 200), scale=scale), random(rng, (65, 200), BF16, scale)))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16), (16,)])
+def test_matmul_leading_dimensions(side, rng, shape):
+    x, weight = random(rng, shape), random(rng, (5, 16), BF16)
+    assert_close(*check_matmul(side, x, weight))
+
+
+# --------------------------------------------------------------------------------- qkv_rope and qk_norm
+
+
+def qkv_inputs(rng, T, H, K, D, C, dtype=BF16, bias=False, gain=True, scale=1.0):
+    gains = [np.abs(random(rng, (D,), scale=10)) for _ in range(2)]
+    gains[1][D // 3] = 96.5
+    biases = [random(rng, (n * D,)) for n in (H, K, K)]
+    return {
+        "x": random(rng, (T, C), scale=scale),
+        "projections": [random(rng, (n * D, C), dtype, C**-0.5) for n in (H, K, K)],
+        "tables": rope_table(D, 4 * T + 9, 1e4),
+        "positions": np.sort(rng.permutation(4 * T + 9)[:T]).astype(np.int32),
+        "biases": biases if bias else [None] * 3,
+        "gains": gains if gain else [None] * 2,
+    }
+
+
+def qkv_truth(x, projections, tables, positions, biases, gains):
+    """(value, bound on its error without its last rounding) for q, k, v, q_ms, k_ms."""
+    D = 2 * tables[0].shape[1]
+    cos, sin = (wide(t)[positions][:, None] for t in tables)
+    x = wide(x)
+    results, squares = [], []
+    for proj, bias, gain in zip(projections, biases, [*gains, None], strict=True):
+        a, size = x @ wide(proj).T, np.abs(x) @ np.abs(wide(proj)).T
+        if bias is not None:
+            a, size = a + bias, size + np.abs(bias)
+        a, size = (m.reshape(len(x), -1, D) for m in (a, size))
+        error = size * (x.shape[1] + 2) * EPS32
+        squares.append((np.mean(a * a, -1), np.mean(2 * np.abs(a) * error + error**2, -1) + np.mean(a * a, -1) * (D + 4) * EPS32))
+        if gain is not None:
+            a, error = a * wide(gain), error * np.abs(wide(gain))
+        if len(results) < 2:
+            low, high, e_low, e_high = a[..., : D // 2], a[..., D // 2 :], error[..., : D // 2], error[..., D // 2 :]
+            both = np.concatenate((np.abs(low) + np.abs(high),) * 2, -1)
+            a = np.concatenate((low * cos - high * sin, high * cos + low * sin), -1)
+            error = np.concatenate((e_low + e_high,) * 2, -1) + 4 * EPS32 * both
+        results.append((a, error))
+    return *results, squares[0], squares[1]
+
+
+def run_qkv_rope(side, inputs, out=(None,) * 5):
+    biases, gains = ([side.put(v) for v in inputs[key]] for key in ("biases", "gains"))
+    return ops.qkv_rope(
+        side.put(inputs["x"]), *map(side.put, inputs["projections"]), *map(side.put, inputs["tables"]), side.put(inputs["positions"]),
+        **dict(zip(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"), [*biases, *gains], strict=True)), out=out,
+    )  # fmt: skip
+
+
+QKV_SHAPES = [(1, 2, 1, 128, 256), (1, 4, 4, 64, 100), (4, 5, 1, 16, 33), (3, 8, 1, 8, 40), (5, 2, 1, 128, 64), (33, 4, 2, 64, 48), (70, 3, 3, 24, 50), (0, 2, 1, 32, 16), (2, 1, 1, 256, 32), (6, 1, 1, 256, 32), (9, 1, 1, 4, 8)]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias,gain", [(False, True), (True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("T,H,K,D,C", QKV_SHAPES)
+def test_qkv_rope(side, rng, T, H, K, D, C, bias, gain):
+    inputs = qkv_inputs(rng, T, H, K, D, C, bias=bias, gain=gain)
+    shapes = (T, H, D), (T, K, D), (T, K, D), (T, H), (T, K)
+    got = run_qkv_rope(side, inputs, out=tuple(side.put(poisoned(shape)) for shape in shapes))
+    for array, (truth, bound) in zip(got, qkv_truth(**inputs), strict=True):
+        assert_close(side.get(array), truth, bound)
+
+
+@pytest.mark.parametrize("kv", STORAGE)
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("T", [1, 6])
+def test_qkv_rope_writes_rows_of_a_cache(side, rng, T, dtype, kv):
+    inputs = qkv_inputs(rng, T, 2, 1, 64, 96, dtype)
+    keys, values = side.put(poisoned((9, 1, 64), kv)), side.put(poisoned((9, 1, 64), kv))
+    run_qkv_rope(side, inputs, out=(None, keys[2 : 2 + T], values[2 : 2 + T], None, None))
+    _, k, v, *_ = qkv_truth(**inputs)
+    for cache, (truth, bound) in ((keys, k), (values, v)):
+        rows = side.get(cache)
+        assert_close(rows[2 : 2 + T], truth, bound)
+        assert np.all(np.isnan(rows[:2].astype(F32))) and np.all(np.isnan(rows[2 + T :].astype(F32)))
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_qkv_rope_extreme_scales(side, rng, T, scale):
+    inputs = qkv_inputs(rng, T, 2, 1, 64, 96, scale=scale)
+    for array, (truth, bound) in zip(run_qkv_rope(side, inputs), qkv_truth(**inputs), strict=True):
+        assert_close(side.get(array), truth, bound)
+
+
+@pytest.mark.parametrize("T", [2, 5])
+def test_qkv_rope_beyond_the_table(side, rng, T):
+    inputs = qkv_inputs(rng, T, 1, 1, 8, 16)
+    inputs["positions"][1] = len(inputs["tables"][0])
+    if side is Reference:
+        with pytest.raises(ValueError, match="positions: wanted"):
+            run_qkv_rope(side, inputs)
+    else:
+        q, k, v, *_ = (side.get(array) for array in run_qkv_rope(side, inputs))
+        assert np.all(np.isnan(q[1])) and np.all(np.isnan(k[1])) and np.all(np.isfinite(v))
+        assert np.all(np.isfinite(np.delete(q, 1, 0)))
+
+
+@pytest.mark.parametrize("T,H,K,D", [(1, 16, 8, 128), (7, 4, 2, 64), (3, 5, 1, 20), (0, 2, 1, 8)])
+@pytest.mark.parametrize("kv", STORAGE)
+def test_qk_norm(side, rng, T, H, K, D, kv):
+    q, k, scale = random(rng, (T, H, D)), random(rng, (T, K, D)), 10.0 ** rng.integers(-6, 4, (T, 1))
+    q_ms, k_ms = ((random(rng, (T, n)) ** 2 * scale).astype(F32) for n in (H, K))
+    out = side.put(poisoned(q.shape)), side.put(poisoned(k.shape, kv))
+    got = ops.qk_norm(*map(side.put, (q, k, q_ms, k_ms)), 1e-6, out=out)
+    for array, a, ms in zip(got, (q, k), (q_ms, k_ms), strict=True):
+        truth = wide(a) / np.sqrt(wide(ms) + float(F32(1e-6)))[..., None]
+        assert_close(side.get(array), truth, 4 * EPS32 * np.abs(truth))
+
+
+def test_qk_norm_in_place(side, rng):
+    q = random(rng, (2, 3, 16))
+    a, k = side.put(q.copy()), side.put(q[:, :1].copy())
+    ms = side.put(np.full((2, 3), 4.0, F32))
+    ops.qk_norm(a, k, ms, side.put(np.full((2, 1), 4.0, F32)), 0.0, out=(a, k))
+    assert np.array_equal(side.get(a), q / 2) and np.array_equal(side.get(k), q[:, :1] / 2)
+
+
+@pytest.mark.parametrize("T", [1, 40])
+def test_the_two_steps_equal_the_published_order(side, rng, T):
+    """rope(g x / rms(x)), norm before RoPE, as Qwen3 is published: what the split must not change."""
+    H, D, C, eps = 2, 128, 256, 1e-6
+    inputs = qkv_inputs(rng, T, H, H, D, C)
+    q, k, _, q_ms, k_ms = run_qkv_rope(side, inputs)
+    got = ops.qk_norm(q, k, q_ms, k_ms, eps)
+    cos, sin = (wide(t)[inputs["positions"]][:, None] for t in inputs["tables"])
+    for array, proj, gain in zip(got, inputs["projections"], inputs["gains"], strict=False):
+        a = (wide(inputs["x"]) @ wide(proj).T).reshape(T, H, D)
+        a = a / np.sqrt(np.mean(a * a, -1, keepdims=True) + eps) * gain
+        low, high = a[..., : D // 2], a[..., D // 2 :]
+        truth = np.concatenate((low * cos - high * sin, high * cos + low * sin), -1)
+        size = np.concatenate((np.abs(low) + np.abs(high),) * 2, -1) + 96.5  # 96.5 x elements of order 1
+        assert_close(side.get(array), truth, C * EPS32 * size)
+
+
+# -------------------------------------------------------------------------------------------- attention
+
+
+def attention_truth(q, keys, values, positions):
+    q, keys, values = wide(q), wide(keys), wide(values)
+    group, out = q.shape[1] // keys.shape[1], np.empty(q.shape)
+    bound = np.empty(q.shape)
+    for t, last in enumerate(positions):
+        for h in range(q.shape[1]):
+            k, v = keys[: last + 1, h // group], values[: last + 1, h // group]
+            scores = k @ q[t, h] / np.sqrt(q.shape[2])
+            size = np.abs(k) @ np.abs(q[t, h]) / np.sqrt(q.shape[2])
+            p = np.exp(scores - scores.max())
+            p /= p.sum()
+            out[t, h] = p @ v
+            # an error e in every score changes the weights by a factor of at most exp(2 e)
+            roundings = (last + 1) / 32 + 64 + 16 + (q.shape[2] / 8 + 4) * 2 * size.max()
+            bound[t, h] = roundings * EPS32 * (p @ np.abs(v)) * 2
+    return out, bound
+
+
+ATTENTION_SHAPES = [(1, 16, 8, 128, 0), (1, 4, 2, 64, 70), (1, 8, 1, 128, 31), (5, 5, 1, 24, 32), (9, 2, 2, 8, 0), (40, 4, 1, 64, 3), (3, 1, 1, 256, 40), (0, 2, 1, 8, 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kv", STORAGE)
+@pytest.mark.parametrize("T,H,K,D,start", ATTENTION_SHAPES)
+def test_attention(side, rng, T, H, K, D, start, kv):
+    q, used = random(rng, (T, H, D)), start + T
+    keys, values = (random(rng, (used + 5, K, D), kv) for _ in range(2))
+    keys[used:], values[used:] = np.nan, np.nan  # rows that nobody has written
+    positions = np.arange(start, used, dtype=np.int32)
+    out = side.put(poisoned(q.shape))
+    ops.attention(*map(side.put, (q, keys, values, positions)), out=out)
+    assert_close(side.get(out), *attention_truth(q, keys, values, positions))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 30.0])
+def test_attention_extreme_scores(side, rng, scale):
+    """From all scores equal to one score winning by hundreds."""
+    q, keys = random(rng, (3, 2, 64), scale=scale), random(rng, (90, 1, 64), BF16)
+    values, positions = random(rng, (90, 1, 64), BF16), np.array([0, 45, 89], np.int32)
+    got = side.get(ops.attention(*map(side.put, (q, keys, values, positions))))
+    assert_close(got, *attention_truth(q, keys, values, positions))
+
+
+def test_attention_may_overwrite_its_queries(side, rng):
+    q, rows, positions = random(rng, (6, 4, 32)), random(rng, (6, 2, 32)), np.arange(6, dtype=np.int32)
+    queries = side.put(q.copy())
+    ops.attention(queries, side.put(rows), side.put(rows), side.put(positions), out=queries)
+    assert_close(side.get(queries), *attention_truth(q, rows, rows, positions))
+
+
+# ------------------------------------------------------------------------------------ silu_mul, argmax
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 257), (0, 8), (2, 3, 100)])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 50.0, 1e30])
+def test_silu_mul(side, rng, shape, scale):
+    gate, up = random(rng, shape, scale=scale), random(rng, shape)
+    out = side.put(poisoned(shape))
+    ops.silu_mul(side.put(gate), side.put(up), out=out)
+    with np.errstate(over="ignore"):
+        truth = wide(gate) / (1 + np.exp(-wide(gate))) * wide(up)
+    # from gate = -88.7 on exp overflows in float32 and the result is 0 where the truth is below 1e-36
+    assert_close(side.get(out), truth, 6 * EPS32 * np.abs(truth) + 1e-36 * np.abs(wide(up)))
+
+
+@pytest.mark.parametrize("rows,N", [(1, 1), (1, 31), (1, 151936), (3, 1025), (5, 4096), (0, 7)])
+def test_argmax(side, rng, rows, N):
+    x = random(rng, (rows, N))
+    out = side.put(np.full(rows, -7, np.int32))
+    ops.argmax(side.put(x), out=out)
+    assert np.array_equal(side.get(out), np.argmax(x, -1))
+
+
+def test_argmax_ties_infinities_and_nan(side):
+    x = np.full((6, 2000), -1.0, F32)
+    x[0, [7, 1500]] = 3.0
+    x[1, :] = -np.inf
+    x[2, [1999, 40]] = np.inf
+    x[3, [1033, 1900]] = np.nan, np.inf
+    x[4, [1, 2]] = 0.0, -0.0
+    x[5, [3, 4]] = -0.0, 0.0
+    assert np.array_equal(side.get(ops.argmax(side.put(x))), np.argmax(x, -1))
+
+
+# ---------------------------------------------------------------------------- what holds for all of them
+
+
+def test_float64_is_float64_throughout(rng):
+    inputs = qkv_inputs(rng, 3, 2, 1, 16, 24)
+    inputs = {k: [wide(a) for a in v] if isinstance(v, (list, tuple)) else v for k, v in inputs.items()}
+    inputs["x"], inputs["tables"] = wide(inputs["x"]), rope_table(16, 21, 1e4, np.float64)
+    got = run_qkv_rope(Reference, inputs)
+    for array, (truth, bound) in zip(got, qkv_truth(**inputs), strict=True):
+        assert array.dtype == np.float64 and np.all(np.abs(array - truth) <= bound * 2.0**-29)
+    x = rng.standard_normal((2, 8))
+    assert np.array_equal(ops.rmsnorm(x, np.ones(8)), x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6))
+    for array in (ops.matmul(x, x), ops.silu_mul(x, x), ops.embed(np.array([1]), x), *ops.qk_norm(*[x[:, None]] * 2, x[:, :1], x[:, :1] ** 2)):
+        assert array.dtype == np.float64
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_row_does_not_depend_on_the_rows_beside_it(side, rng, rows, more):
+    """Bit for bit, as long as the same entry point is chosen (matmul and qkv_rope: up to 4 rows, or more)."""
+    if side is Reference:
+        pytest.skip("NumPy's BLAS chooses its own order of summation")
+    rows, total = (rows, 4) if not more else (rows + 4, 40)
+    x, weight = random(rng, (total, 96)), side.put(random(rng, (70, 96), BF16))
+    few, many = (side.get(ops.matmul(side.put(x[:n]), weight)) for n in (rows, total))
+    assert np.array_equal(few, many[:rows])
+    inputs = qkv_inputs(rng, total, 2, 1, 32, 96)
+    cut = {**inputs, "x": inputs["x"][:rows], "positions": inputs["positions"][:rows]}
+    for few, many in zip(run_qkv_rope(side, cut), run_qkv_rope(side, inputs), strict=True):
+        assert np.array_equal(side.get(few), side.get(many)[:rows])
+
+
+@pytest.mark.gpu
+def test_hundred_runs_are_identical(rng):
+    x, weight = Gpu.put(random(rng, (33, 1024))), Gpu.put(random(rng, (2048, 1024), BF16))
+    inputs, q = qkv_inputs(rng, 33, 16, 8, 128, 1024), Gpu.put(random(rng, (33, 16, 128)))
+    keys, positions = Gpu.put(random(rng, (500, 8, 128), BF16)), Gpu.put(np.arange(467, 500, dtype=np.int32))
+
+    def results():
+        yield from run_qkv_rope(Gpu, inputs)
+        yield from (ops.matmul(x, weight), ops.matmul(x[:1], weight), ops.rmsnorm(x, weight[0]))
+        yield ops.attention(q, keys, keys, positions)
+
+    first = [array.get() for array in results()]
+    for _ in range(100):
+        assert all(np.array_equal(a.get(), b) for a, b in zip(results(), first, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden,heads,kv_heads,ffn", [(1024, 16, 8, 3072), (2560, 32, 8, 9728), (5120, 64, 8, 25600)])
+@pytest.mark.parametrize("T", [1, 3, 17, 130])
+def test_real_sizes_on_the_gpu(rng, hidden, heads, kv_heads, ffn, T):
+    """The shapes of 0.6B, 4B and 32B."""
+    inputs = qkv_inputs(rng, T, heads, kv_heads, 128, hidden)
+    for array, (truth, bound) in zip(run_qkv_rope(Gpu, inputs), qkv_truth(**inputs), strict=True):
+        assert_close(array.get(), truth, bound)
+    assert_close(*check_matmul(Gpu, random(rng, (T, ffn)), random(rng, (hidden, ffn), BF16)))
+    q, rows = random(rng, (T, heads, 128)), random(rng, (700, kv_heads, 128), BF16)
+    positions = np.arange(700 - T, 700, dtype=np.int32)
+    got = ops.attention(*map(Gpu.put, (q, rows, rows, positions))).get()
+    assert_close(got, *attention_truth(q, rows, rows, positions))
+
+
+@pytest.mark.parametrize("call,error,message", [
+    (lambda a: ops.rmsnorm([1.0], a(4)), TypeError, "rmsnorm: x: wanted a NumPy or CuPy array, got list"),
+    (lambda a: ops.rmsnorm(a(2, 4), a(5)), ValueError, r"rmsnorm: weight: wanted shape \[C\] with C = 4, got \[5\]"),
+    (lambda a: ops.rmsnorm(a(2, 4), a(4), -1.0), ValueError, "rmsnorm: eps: wanted a finite number from 0, got -1.0"),
+    (lambda a: ops.rmsnorm(a(2, 0), a(0)), ValueError, "rmsnorm: x: wanted at least one element"),
+    (lambda a: ops.rmsnorm(a(2, 4, dtype=np.int32), a(4)), TypeError, "rmsnorm: x: wanted dtype .*, got int32"),
+    (lambda a: ops.rmsnorm(a(2, 4), a(4), out=a(4, 4)), ValueError, r"rmsnorm: out: wanted shape \[2, 4\], got \[4, 4\]"),
+    (lambda a: ops.matmul(a(2, 4), a(3, 5)), ValueError, r"matmul: weight: wanted shape \[N, C\] with C = 4, got \[3, 5\]"),
+    (lambda a: ops.matmul(a(2, 4, dtype=BF16), a(3, 4)), TypeError, "matmul: x: wanted dtype .*, got bfloat16"),
+    (lambda a: ops.matmul(a(2, 4), a(3, 4), residual=a(2, 2)), ValueError, r"matmul: residual: wanted shape \[2, 3\]"),
+    (lambda a: ops.embed(a(2), a(3, 4)), TypeError, "embed: ids: wanted dtype .*, got float32"),
+    (lambda a: ops.silu_mul(a(2), a(3)), ValueError, r"silu_mul: up: wanted shape \[2\], got \[3\]"),
+    (lambda a: ops.argmax(a(0)), ValueError, "argmax: x: wanted at least one"),
+    (lambda a: ops.attention(a(1, 3, 8), a(4, 2, 8), a(4, 2, 8), a(1, dtype=np.int32)), ValueError, "attention: q: wanted a multiple of K = 2 heads, got 3"),
+    (lambda a: ops.attention(a(1, 2, 8), a(4, 2, 8), a(4, 2, 8, dtype=BF16), a(1, dtype=np.int32)), TypeError, "attention: values"),
+    (lambda a: ops.qkv_rope(a(1, 4), a(6, 4), a(8, 4), a(8, 4), a(9, 4), a(9, 4), a(1, dtype=np.int32)), ValueError, "qkv_rope: q_proj: wanted a multiple of D = 8 rows"),
+    (lambda a: ops.qkv_rope(a(1, 4), a(8, 4), a(8, 4), a(8, 4), a(9, 4), a(9, 4), a(1, dtype=np.int32), out=(None,)), ValueError, "qkv_rope: out: wanted five"),
+    (lambda a: ops.qk_norm(a(1, 2, 8), a(1, 2, 8), a(1, 2), a(1, 3)), ValueError, "qk_norm: k_ms"),
+])  # fmt: skip
+def test_refusals(side, call, error, message):
+    def array(*shape, dtype=F32):
+        return side.put(np.zeros(shape, dtype))
+
+    with pytest.raises(error, match=message):
+        call(array)
+
+
+def test_refusals_that_only_kernels_make(side, rng):
+    if side is Reference:
+        pytest.skip("NumPy takes views and any head size")
+    a, ids = (lambda *shape: side.put(np.zeros(shape, F32))), side.put(np.zeros(1, np.int32))
+    with pytest.raises(ValueError, match="rmsnorm: x: wanted a C-contiguous array, got a view"):
+        ops.rmsnorm(a(4, 8).T, a(4))
+    with pytest.raises(ValueError, match="attention: D: wanted a multiple of 8 up to 256 on the GPU, got 12"):
+        ops.attention(a(1, 1, 12), a(1, 1, 12), a(1, 1, 12), ids)
+    with pytest.raises(ValueError, match="qkv_rope: D: wanted a multiple of 4 up to 256 on the GPU, got 6"):
+        ops.qkv_rope(a(1, 4), a(6, 4), a(6, 4), a(6, 4), a(9, 3), a(9, 3), ids)
+    with pytest.raises(TypeError, match="embed: ids: wanted dtype int32, got int64"):
+        ops.embed(side.put(np.zeros(1, np.int64)), a(2, 2))

@@ -1,0 +1,116 @@
+"""The house holds: an operation is a name, modules import only upwards, CuPy stays in one file."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from cuqwen import cuda, launch, ops, reference
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cuqwen"
+OPERATIONS = ("embed", "rmsnorm", "qkv_rope", "qk_norm", "attention", "matmul", "silu_mul", "argmax")
+ORDER = (
+    "config", "hub", "launch", "rope", "reference", "cuda", "ops", "weights", "cache", "model", "tokenizer", "sampling",
+    "generate", "api", "cli",
+)  # fmt: skip
+
+
+def _public_functions(module):
+    return {
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+def test_every_operation_is_a_kernel_file_and_a_function_in_each_module():
+    assert {p.stem for p in launch.KERNEL_FOLDER.glob("*.cu")} == set(OPERATIONS)
+    assert _public_functions(reference) == set(OPERATIONS)
+    assert _public_functions(cuda) - {"variants"} == set(OPERATIONS)
+    assert _public_functions(ops) - {"backend_of"} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_one_signature(name):
+    signatures = [inspect.signature(getattr(module, name)) for module in (ops, reference, cuda)]
+    assert signatures[0] == signatures[1] == signatures[2]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_has_tests_a_benchmark_and_an_example(name):
+    assert f"def test_{name}" in (ROOT / "tests" / "test_ops.py").read_text()
+    assert f"def {name}(" in (ROOT / "benchmarks" / "ops.py").read_text()
+    assert ">>> " in getattr(ops, name).__doc__
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_kernel_head_names_what_a_reader_needs(name):
+    head = (launch.KERNEL_FOLDER / f"{name}.cu").read_text().split("#include")[0]
+    for word in ("Entry point", "Arguments", "Constants", "Work", "Precision", "Traffic", "Determinism", "Wrapper"):
+        assert re.search(rf"^// {word}", head, re.M), f"{name}.cu: the head lacks {word!r}"
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            if node.module == "cuqwen":
+                yield from (f"cuqwen.{alias.name}" for alias in node.names)
+
+
+def test_modules_import_only_from_modules_above_them():
+    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert modules == set(ORDER)
+    for module in modules:
+        used = {name.split(".")[1] for name in _imports(PACKAGE / f"{module}.py") if name.startswith("cuqwen.")}
+        below = {name for name in used & modules if ORDER.index(name) >= ORDER.index(module)}
+        assert not below, f"{module}.py imports from below: {below}"
+
+
+def test_cupy_is_imported_in_launch_only_and_no_framework_at_all():
+    for path in PACKAGE.glob("*.py"):
+        names = {name.split(".")[0] for name in _imports(path)}
+        assert "cupy" not in names or path.stem == "launch"
+        assert not names & {"torch", "transformers"}
+
+
+def test_only_the_command_line_prints():
+    for path in PACKAGE.glob("*.py"):
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        prints = any(isinstance(n.func, ast.Name) and n.func.id == "print" for n in calls)
+        assert not prints or path.stem == "cli"
+
+
+def test_no_assert_for_what_a_caller_can_cause():
+    for path in PACKAGE.glob("*.py"):
+        assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text()))), path
+
+
+def test_docstring_examples():
+    import doctest
+
+    results = doctest.testmod(ops)
+    assert results.attempted >= 2 * len(OPERATIONS) and results.failed == 0
+
+
+def test_pasted_sources_point_at_their_files():
+    text = launch.source("qkv_rope")
+    assert '#include "' not in text and text.count("warp_sum(float x) {") == 1
+    lines = text.splitlines()
+    where = {}
+    name, number = None, 0
+    for line in lines:
+        if match := re.match(r'#line (\d+) "(.*)"', line):
+            number, name = int(match[1]), match[2]
+            continue
+        where[name, number] = line
+        number += 1
+    for file in ("kernels/qkv_rope.cu", "kernels/dot.cuh", "kernels/common.cuh"):
+        for number, line in enumerate((ROOT / file).read_text().splitlines(), 1):
+            if "include" not in line and "#pragma once" not in line:
+                assert where[file, number] == line
