@@ -131,7 +131,10 @@ def rows(ceiling: float) -> Iterator[dict[str, Any]]:
         call, moved, flops = operation(config, T)
         time = microseconds(call)
         row = dict(operation=operation.__name__, shapes=size, tokens=T, microseconds=round(time, 2))
-        row |= dict(gigabytes_per_second=round(moved / time / 1e3, 1), percent_of_copy=round(100 * moved / time * 1e6 / ceiling, 1))
+        row |= dict(
+            gigabytes_per_second=round(moved / time / 1e3, 1),
+            percent_of_copy=round(100 * moved / time * 1e6 / ceiling, 1),
+        )
         row |= dict(teraflops=round(flops / time / 1e6, 2))
         yield row
         del call
@@ -143,7 +146,9 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/ops.json")
     options = parser.parse_args()
     ceiling = copy_bandwidth()
-    print(f"copy: {ceiling / 1e12:.2f} TB/s\n{'operation':10} {'shapes':6} {'T':>4} {'us':>9} {'GB/s':>8} {'% copy':>7} {'TFLOP/s':>8}")
+    print(
+        f"copy: {ceiling / 1e12:.2f} TB/s\n{'operation':10} {'shapes':6} {'T':>4} {'us':>9} {'GB/s':>8} {'% copy':>7} {'TFLOP/s':>8}"
+    )
     results = []
     for row in rows(ceiling):
         results.append(row)

@@ -68,7 +68,9 @@ def load(
         network = Qwen3(config, weights.read(folder, config, place.place_weight, progress=progress), place, kv)
     except Exception as error:
         if launch.is_out_of_memory(error):
-            raise MemoryError(f"{folder}: the weights do not fit into memory{_free(place)}; use a smaller model") from None
+            raise MemoryError(
+                f"{folder}: the weights do not fit into memory{_free(place)}; use a smaller model"
+            ) from None
         raise
     return Model(folder, network, tokenizer, generation, context)
 
@@ -186,7 +188,9 @@ class Model:
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise TypeError(f"{where}: wanted a flat list of token ids, got shape {list(array.shape)} of {array.dtype}")
         if array.min() < 0 or array.max() >= self.config.vocab_size:
-            raise ValueError(f"{where}: wanted ids in 0..{self.config.vocab_size - 1}, got {array.min()}..{array.max()}")
+            raise ValueError(
+                f"{where}: wanted ids in 0..{self.config.vocab_size - 1}, got {array.min()}..{array.max()}"
+            )
         return array.astype(np.int32)
 
     def _sampling(self, *, temperature: float | None, **given: Any) -> Sampling:
@@ -203,7 +207,9 @@ class Model:
 
     def _memory_errors(self, tokens: int) -> _MemoryErrors:
         need = tokens * KVCache.bytes_per_token(self.config, self.network.kv_dtype)
-        return _MemoryErrors(f"{tokens} tokens need {need / 1e9:.2f} GB of cache and some workspace", self.network.device)
+        return _MemoryErrors(
+            f"{tokens} tokens need {need / 1e9:.2f} GB of cache and some workspace", self.network.device
+        )
 
 
 class _MemoryErrors:

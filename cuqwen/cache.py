@@ -22,7 +22,9 @@ class KVCache:
     capacity: rows S, the most tokens that it can hold; length: rows in use. Rows from `length` on are undefined.
     """
 
-    def __init__(self, config: Config, capacity: int, dtype: Any, empty: Callable[[tuple[int, ...], Any], Array]) -> None:
+    def __init__(
+        self, config: Config, capacity: int, dtype: Any, empty: Callable[[tuple[int, ...], Any], Array]
+    ) -> None:
         shape = (config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim)
         self.keys, self.values = empty(shape, dtype), empty(shape, dtype)
         self.capacity = capacity

@@ -58,7 +58,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_generate, parser=parser)
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help='the text; "-" or nothing reads standard input')
-    add("--model", required=True, metavar="ID|DIR|demo", help="a hub id, a checkpoint's folder, or the model in the package")
+    add(
+        "--model",
+        required=True,
+        metavar="ID|DIR|demo",
+        help="a hub id, a checkpoint's folder, or the model in the package",
+    )
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
     add("--max-context", type=int, metavar="N", help="most tokens of prompt and answer together")
@@ -68,14 +73,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without chat template")
     text.add_argument("--no-think", action="store_true", help="switch thinking off in the chat template")
     text.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most tokens to generate (default 256)")
-    text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    text.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, metavar="X", help="0 takes the most likely token")
     sampling.add_argument("--top-k", type=int, metavar="N", help="keep the N most likely tokens (0: all)")
     sampling.add_argument("--top-p", type=float, metavar="X", help="keep the fewest tokens whose probabilities reach X")
-    sampling.add_argument("--min-p", type=float, metavar="X", help="keep tokens at least X times as likely as the first")
+    sampling.add_argument(
+        "--min-p", type=float, metavar="X", help="keep tokens at least X times as likely as the first"
+    )
     sampling.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
-    sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="less of tokens already used")
+    sampling.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="X", help="less of tokens already used"
+    )
     sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each use")
     sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     output = parser.add_argument_group("output")
@@ -110,7 +121,16 @@ def _sampling_arguments(options: argparse.Namespace, parser: argparse.ArgumentPa
     """The sampling settings that were given; impossible ones end the program with status 2, before anything is loaded."""
     from cuqwen.sampling import Sampling
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+    names = (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "seed",
+    )
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     try:
         Sampling(**given)

@@ -111,7 +111,13 @@ def qkv_rope(
     tokens, width = x.shape
     dim = 2 * cos.shape[1]
     heads, kv_heads = len(q_proj) // dim, len(k_proj) // dim
-    shapes = ((tokens, heads, dim), (tokens, kv_heads, dim), (tokens, kv_heads, dim), (tokens, heads), (tokens, kv_heads))
+    shapes = (
+        (tokens, heads, dim),
+        (tokens, kv_heads, dim),
+        (tokens, kv_heads, dim),
+        (tokens, heads),
+        (tokens, kv_heads),
+    )
     q, k, v, q_ms, k_ms = (_allocate(target, shape) for target, shape in zip(out, shapes, strict=True))
     if tokens:
         types = {"W_TYPE": q_proj, "K_TYPE": k, "V_TYPE": v, "HEAD_DIM": str(dim)}

@@ -34,8 +34,9 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None, progr
     model     "demo" (the checkpoint inside this package), a folder that holds config.json, or a hub id ("owner/name").
               A folder wins over a hub id of the same name.
     revision  branch, tag or commit of a hub id; None is its main branch.
-    progress  show the hub client's bars on stderr while weights download. Without it nothing is written. (The client
-              keeps this setting for the whole process, so it is changed for the time of the call.)
+    progress  show the hub client's bars on stderr while weights download. Without it nothing is written, unless
+              HF_HUB_DISABLE_PROGRESS_BARS=0 demands it. (The client keeps this setting for the whole process, so it is
+              changed for the time of the call.)
 
     A hub id that is wholly in the cache is not downloaded again; if the hub cannot be reached, the cached copy serves.
     Raises CheckpointError where there is no such checkpoint or it cannot be fetched, TypeError and ValueError for

@@ -67,7 +67,9 @@ def load_function(file: str, entry: str, defines: Defines) -> Launch:
         for i, arg in enumerate(args):
             if isinstance(arg, (bool, int, float)):
                 # CuPy would hand over 8 bytes: a float parameter would read half of a double
-                raise TypeError(f"{entry}: argument {i} is a bare {type(arg).__name__}; wanted a NumPy scalar or an array")
+                raise TypeError(
+                    f"{entry}: argument {i} is a bare {type(arg).__name__}; wanted a NumPy scalar or an array"
+                )
         function(grid, block, args, shared_mem=shared_bytes)
 
     return launch

@@ -32,7 +32,9 @@ class Device:
 
     @classmethod
     def cuda(cls) -> Device:
-        return cls("cuda", lambda shape, dtype: launch.empty(shape, dtype), lambda a: launch.upload(a), np.dtype(np.float32))
+        return cls(
+            "cuda", lambda shape, dtype: launch.empty(shape, dtype), lambda a: launch.upload(a), np.dtype(np.float32)
+        )
 
     def place_weight(self, weight: np.ndarray) -> Array:
         """A weight where and as the operations want it: matrices as stored on the GPU, where vectors become float32
@@ -67,7 +69,7 @@ class Qwen3:
         scores the token after ids[t]. `cache.length` grows by T when all is done, so that a call that raises leaves the
         sequence as it was. Raises ValueError if the cache cannot hold T more tokens.
         """
-        config, weights, eps = self.config, self.weights, self.config.rms_norm_eps
+        weights, eps = self.weights, self.config.rms_norm_eps
         start, stop = cache.length, cache.length + len(ids)
         if stop > cache.capacity:
             raise ValueError(f"forward: ids: wanted at most {cache.capacity - start} more tokens, got {len(ids)}")

@@ -37,7 +37,7 @@ class _Check:
 
     def __init__(self, operation: str) -> None:
         self.operation = operation
-        self.backend: ModuleType | None = None
+        self.backend: Any = None  # reference or cuda, from the first array on
         self.sizes: dict[str, int] = {}
 
     def array(self, name: str, array: Array, shape: str, dtypes: set[np.dtype], *, optional: bool = False) -> Array:
@@ -58,7 +58,9 @@ class _Check:
         self._dtype(name, array, dtypes)
         self._shape(name, array, shape)
         if backend is cuda and not array.flags.c_contiguous:
-            raise ValueError(f"{self.operation}: {name}: wanted a C-contiguous array, got a view; use cupy.ascontiguousarray")
+            raise ValueError(
+                f"{self.operation}: {name}: wanted a C-contiguous array, got a view; use cupy.ascontiguousarray"
+            )
         return array
 
     def _dtype(self, name: str, array: Array, dtypes: set[np.dtype]) -> None:
@@ -213,7 +215,9 @@ def qkv_rope(
     check.positive("C", "x")
     for name, rows in (("q_proj", check.sizes["HD"]), ("k_proj", check.sizes["KD"])):
         if dim == 0 or rows == 0 or rows % dim:
-            raise ValueError(f"qkv_rope: {name}: wanted a multiple of D = {dim} rows (twice the width of cos), got {rows}")
+            raise ValueError(
+                f"qkv_rope: {name}: wanted a multiple of D = {dim} rows (twice the width of cos), got {rows}"
+            )
     if check.backend is cuda and (dim % 4 or dim > cuda.MAX_HEAD_DIM):
         raise ValueError(f"qkv_rope: D: wanted a multiple of 4 up to {cuda.MAX_HEAD_DIM} on the GPU, got {dim}")
     check.array("q_bias", q_bias, "HD", FLOATS, optional=True)

@@ -25,7 +25,7 @@ def _store(value: Array, out: Array | None) -> Array:
 
 
 def embed(ids: Array, table: Array, *, out: Array | None = None) -> Array:
-    if ids.size and not (0 <= ids.min() and ids.max() < len(table)):
+    if ids.size and not (ids.min() >= 0 and ids.max() < len(table)):
         raise ValueError(f"embed: ids: wanted 0..{len(table) - 1}, got {ids.min()}..{ids.max()}")
     return _store(table[ids].astype(_compute_dtype(table), copy=False), out)
 
@@ -33,7 +33,7 @@ def embed(ids: Array, table: Array, *, out: Array | None = None) -> Array:
 def rmsnorm(x: Array, weight: Array, eps: float = 1e-6, *, out: Array | None = None) -> Array:
     dtype = _compute_dtype(x)
     x = x.astype(dtype, copy=False)
-    mean_square = np.mean(np.square(x), axis=-1, keepdims=True, dtype=dtype)
+    mean_square: Array = np.mean(np.square(x), axis=-1, keepdims=True, dtype=dtype)
     return _store(x / np.sqrt(mean_square + dtype(eps)) * weight.astype(dtype, copy=False), out)
 
 
@@ -61,7 +61,7 @@ def qkv_rope(
 ) -> tuple[Array, Array, Array, Array, Array]:
     dtype = _compute_dtype(x)
     half = cos.shape[-1]
-    if positions.size and not (0 <= positions.min() and positions.max() < len(cos)):
+    if positions.size and not (positions.min() >= 0 and positions.max() < len(cos)):
         raise ValueError(
             f"qkv_rope: positions: wanted 0..{len(cos) - 1}, the rows of cos, got {positions.min()}..{positions.max()}"
         )
@@ -80,9 +80,9 @@ def qkv_rope(
         return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
 
     q, k, v = heads(q_proj, q_bias), heads(k_proj, k_bias), heads(v_proj, v_bias)
-    q_ms, k_ms = (np.mean(np.square(a), axis=-1, dtype=dtype) for a in (q, k))
-    results = rotate(q, q_norm), rotate(k, k_norm), v, q_ms, k_ms
-    return tuple(_store(value, target) for value, target in zip(results, out, strict=True))  # type: ignore[return-value]
+    squares: list[Array] = [np.mean(np.square(a), axis=-1, dtype=dtype) for a in (q, k)]
+    results = rotate(q, q_norm), rotate(k, k_norm), v, *squares
+    return tuple(_store(value, target) for value, target in zip(results, out, strict=True))
 
 
 def qk_norm(
@@ -102,7 +102,7 @@ def qk_norm(
 def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Array | None = None) -> Array:
     dtype = _compute_dtype(q)
     tokens, heads, dim = q.shape
-    if positions.size and not (0 <= positions.min() and positions.max() < len(keys)):
+    if positions.size and not (positions.min() >= 0 and positions.max() < len(keys)):
         raise ValueError(
             f"attention: positions: wanted 0..{len(keys) - 1}, the rows of keys, got {positions.min()}..{positions.max()}"
         )

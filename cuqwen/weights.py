@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import CheckpointError, Config, describe_folder, read_json
+from cuqwen.config import CheckpointError, Config, describe_folder, read_json
 
 if TYPE_CHECKING:
     from safetensors import safe_open

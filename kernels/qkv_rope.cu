@@ -124,10 +124,10 @@ extern "C" __global__ void __launch_bounds__(2 * D) qkv_rope_tile(PARAMETERS) {
             partial[ty + 8 * i][tx] = squares;
         }
         __syncthreads();
-        if (threadIdx.x < ROWS && row0 + threadIdx.x < T) {
+        for (int row = threadIdx.x; row < ROWS && row0 + row < T; row += 2 * D) {
             float squares = 0.0f;
-            for (int j = 0; j < QUARTER; j++) squares += partial[threadIdx.x][j];
-            head.ms[(size_t)(row0 + threadIdx.x) * head.heads + head.index] = squares / D;
+            for (int j = 0; j < QUARTER; j++) squares += partial[row][j];
+            head.ms[(size_t)(row0 + row) * head.heads + head.index] = squares / D;
         }
     }
 #pragma unroll

@@ -12,3 +12,6 @@ def demo():
     import cuqwen
 
     return cuqwen.load("demo", device="cpu")
+
+
+from emulator import emulated_gpu  # noqa: E402, F401

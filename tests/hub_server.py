@@ -24,12 +24,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Repo:
     files: dict[str, bytes]
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
+    moves_to: str | None = None  # main is this commit from the second question on
     gated: bool = False  # as on the real hub: anyone may list the files, none may be read
     private: bool = False
     status: int | None = None  # answer everything with this status
     truncate: str | None = None  # this file ends after half of its bytes, at every attempt
     slow: str | None = None  # this file trickles for a minute
-    unknown_to_tree: str | None = None  # this file is listed nowhere
 
 
 class HubServer:
@@ -92,17 +92,18 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(repo.status, None, "told to fail")
         kind, revision, rest = [*route, "revision", "main", ""][:3] if not route else [*route, ""][:3]
         commit = revision if revision in repo.revisions.values() else repo.revisions.get(revision)
+        if repo.moves_to is not None:
+            repo.revisions["was"], repo.revisions["main"] = COMMIT, repo.moves_to
         if commit is None:
             return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        listed = {file: data for file, data in repo.files.items() if file != repo.unknown_to_tree}
         if kind == "revision":
-            siblings = [{"rfilename": file} for file in listed]
+            siblings = [{"rfilename": file} for file in repo.files]
             return self._json({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []})
         if kind == "tree":
-            return self._json([_entry(file, data) for file, data in listed.items()])
+            return self._json([_entry(file, data) for file, data in repo.files.items()])
         if kind == "paths-info":
             wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
-            return self._json([_entry(file, listed[file]) for file in wanted if file in listed])
+            return self._json([_entry(file, repo.files[file]) for file in wanted if file in repo.files])
         return self._resolve(repo, commit, "/".join([rest, *route[3:]]))
 
     def _resolve(self, repo: Repo, commit: str, file: str) -> None:

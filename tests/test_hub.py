@@ -140,6 +140,14 @@ def test_revision(client, server):
     assert Path(client(revision=other)[0]["folder"]).name == other
 
 
+def test_branch_that_moves_meanwhile(client, server):
+    """All files are of one commit, the one that the branch had at first."""
+    server.repos[NAME].moves_to = COMMIT[::-1]
+    answer, _ = client()
+    assert {path.name: path.read_bytes() for path in Path(answer["folder"]).iterdir()} == NEEDED
+    assert server.requests and not any(COMMIT[::-1] in line or "main" in line for line in server.requests[1:])
+
+
 def test_progress_shows_a_bar_of_the_weights(client):
     # TQDM_POSITION=-1 makes the client draw its bars where stderr is no terminal
     answer, stderr = client(progress=True, env={"TQDM_POSITION": "-1"})
@@ -149,6 +157,14 @@ def test_progress_shows_a_bar_of_the_weights(client):
 
 def test_no_progress_is_silent(client):
     assert client(progress=False, env={"TQDM_POSITION": "-1"})[1] == ""
+
+
+def test_bars_that_the_environment_rules(client):
+    """The client gives its own variable priority, and would warn of it."""
+    _, stderr = client(progress=False, env={"HF_HUB_DISABLE_PROGRESS_BARS": "0"})
+    assert "HF_HUB_DISABLE_PROGRESS_BARS" not in stderr
+    _, stderr = client(progress=True, env={"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_POSITION": "-1"})
+    assert stderr == ""
 
 
 def test_client_settings_are_restored(client):
@@ -192,8 +208,9 @@ def test_offline_with_half_a_cache(client, server):
 @pytest.fixture
 def nowhere():
     """The address of a server that is not running."""
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        return f"http://127.0.0.1:{closed.getsockname()[1]}"
+    with socket.socket() as bound:  # and not listening: the port is nobody else's meanwhile
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
 def test_server_down_with_cache(client, nowhere):

@@ -139,7 +139,17 @@ def test_rmsnorm_returns_float32_for_bf16(side, rng):
 
 # ----------------------------------------------------------------------------------------------- matmul
 
-MATMUL_SHAPES = [(1, 64, 64), (1, 513, 1000), (4, 100, 96), (3, 9, 7), (5, 64, 64), (7, 65, 33), (64, 64, 512), (130, 70, 40), (1, 1, 1)]
+MATMUL_SHAPES = [
+    (1, 64, 64),
+    (1, 513, 1000),
+    (4, 100, 96),
+    (3, 9, 7),
+    (5, 64, 64),
+    (7, 65, 33),
+    (64, 64, 512),
+    (130, 70, 40),
+    (1, 1, 1),
+]
 
 
 def check_matmul(side, x, weight, residual=None, out=None):
@@ -210,9 +220,11 @@ def qkv_truth(x, projections, tables, positions, biases, gains):
         a, size = x @ wide(proj).T, np.abs(x) @ np.abs(wide(proj)).T
         if bias is not None:
             a, size = a + bias, size + np.abs(bias)
-        a, size = (m.reshape(len(x), -1, D) for m in (a, size))
+        a, size = (m.reshape(len(x), len(proj) // D, D) for m in (a, size))
         error = size * (x.shape[1] + 2) * EPS32
-        squares.append((np.mean(a * a, -1), np.mean(2 * np.abs(a) * error + error**2, -1) + np.mean(a * a, -1) * (D + 4) * EPS32))
+        squares.append(
+            (np.mean(a * a, -1), np.mean(2 * np.abs(a) * error + error**2, -1) + np.mean(a * a, -1) * (D + 4) * EPS32)
+        )
         if gain is not None:
             a, error = a * wide(gain), error * np.abs(wide(gain))
         if len(results) < 2:
@@ -415,7 +427,12 @@ def test_float64_is_float64_throughout(rng):
         assert array.dtype == np.float64 and np.all(np.abs(array - truth) <= bound * 2.0**-29)
     x = rng.standard_normal((2, 8))
     assert np.array_equal(ops.rmsnorm(x, np.ones(8)), x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6))
-    for array in (ops.matmul(x, x), ops.silu_mul(x, x), ops.embed(np.array([1]), x), *ops.qk_norm(*[x[:, None]] * 2, x[:, :1], x[:, :1] ** 2)):
+    for array in (
+        ops.matmul(x, x),
+        ops.silu_mul(x, x),
+        ops.embed(np.array([1]), x),
+        *ops.qk_norm(*[x[:, None]] * 2, x[:, :1], x[:, :1] ** 2),
+    ):
         assert array.dtype == np.float64
 
 

@@ -175,11 +175,6 @@ def test_greedy_tokens_are_those_of_transformers(case):
                 assert behind <= 8 * case.error_float32 * np.linalg.norm(last), f"the texts part at token {same}"
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return cuqwen.load("demo", device="cpu")
-
-
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="torch and transformers are not installed; the golden ids stand in")
 @pytest.mark.parametrize("prompt", range(3))
 def test_256_greedy_tokens_of_the_demo_are_those_of_transformers(demo, prompt):

@@ -202,6 +202,18 @@ def test_order_progress_and_one_call_each(tmp_path):
     assert [done for done, _ in steps] == [sum(placed[:i]) for i in range(len(placed) + 1)]
 
 
+def test_shards_are_read_one_after_another_in_file_order(tmp_path):
+    tensors = {name: np.full(shape, i, np.float32) for i, (name, shape) in enumerate(expected_tensors(QWEN3).items())}
+    save(tmp_path, tensors, shards=3)
+    path = tmp_path / "model.safetensors.index.json"
+    places = json.loads(path.read_text())["weight_map"]
+    path.write_text(json.dumps({"weight_map": dict(reversed(places.items()))}))
+    placed = []
+    read(tmp_path, QWEN3, lambda array: placed.append(list(tensors)[int(array.flat[0])]))
+    files = [places[name] for name in placed]
+    assert files == sorted(files)
+
+
 def test_the_single_file_wins_over_an_index(tmp_path):
     save(tmp_path, make(QWEN3, seed=1), shards=2)
     tensors = make(QWEN3, seed=2)

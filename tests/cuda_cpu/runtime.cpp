@@ -16,7 +16,7 @@
 
 namespace emu {
 
-__thread const Thread* current;
+__thread const Thread* current __attribute__((tls_model("initial-exec")));
 
 namespace {
 
@@ -108,7 +108,8 @@ struct Warp {
 
 std::string name(uint3 i) { return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")"; }
 std::string name(const char* what, Site site) { return std::string(what) + " (" + site.file + ":" + std::to_string(site.line) + ")"; }
-bool same(Site a, Site b) { return a.line == b.line && !strcmp(a.file, b.file); }
+bool same(const char* a, const char* b) { return a == b || !strcmp(a, b); }
+bool same(Site a, Site b) { return a.line == b.line && same(a.file, b.file); }
 
 // Bytes behind the dynamic shared memory that nobody may write.
 constexpr size_t GUARD = 256;
@@ -291,7 +292,7 @@ void Block::report_deadlock() {
         unsigned others = 0;
         for (size_t j = i + 1; j < fibers.size(); j++) {
             const Fiber& g = fibers[j];
-            if (g.returned || !g.waits_at || strcmp(g.waits_at, f.waits_at) || !same(g.site, f.site)) continue;
+            if (g.returned || !g.waits_at || !same(g.waits_at, f.waits_at) || !same(g.site, f.site)) continue;
             told[j] = true, others++;
         }
         text += "thread " + name(f.index) + (others ? " and " + std::to_string(others) + " more wait" : " waits");
@@ -382,7 +383,7 @@ int block_barrier(const char* what, Site site, bool vote) {
         fail("%s, which every thread of a block must reach, was reached after %u threads had returned", name(what, site).c_str(),
              block.returned);
     if (!barrier.arrived) barrier.what = what, barrier.site = site;
-    else if (strcmp(barrier.what, what) || !same(barrier.site, site))
+    else if (!same(barrier.what, what) || !same(barrier.site, site))
         fail("threads of a block wait at different barriers: %s and %s", name(barrier.what, barrier.site).c_str(),
              name(what, site).c_str());
     barrier.arrived++;
@@ -398,7 +399,7 @@ void warp_meet(const char* what, Site site, unsigned mask, void* operand, Comple
     if (!(mask >> me.lane & 1)) fail("%s: lane %u is not in its own mask 0x%08x", name(what, site).c_str(), me.lane, mask);
     Meeting& meeting = warp.find(mask);
     if (!meeting.arrived) meeting.what = what, meeting.complete = complete;
-    else if (meeting.complete != complete || strcmp(meeting.what, what))
+    else if (meeting.complete != complete || !same(meeting.what, what))
         fail("lanes of a warp wait in different operations: %s and %s", meeting.what, name(what, site).c_str());
     meeting.arrived |= 1u << me.lane;
     meeting.operand[me.lane] = operand;

@@ -1,0 +1,125 @@
+"""Every kernel compiles for every architecture that we serve, within its resources; the sources keep the house's rules."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import nvrtc
+import pytest
+
+from cuqwen import cuda, launch
+
+needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason=nvrtc.unavailable_reason())
+KERNELS = sorted(launch.KERNEL_FOLDER.glob("*.cu"))
+SOURCES = sorted(launch.KERNEL_FOLDER.glob("*.cu*"))
+FORBIDDEN = ("cooperative_groups", "cuda/barrier", "cuda/pipeline", "cuda/std", "cub/", "mma.h", "stdint", "cstdint")
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return nvrtc.report_all()
+
+
+@needs_nvrtc
+def test_every_variant_compiles_without_spills_and_warnings(reports):
+    for (file, defines, arch), (resources, warnings) in reports.items():
+        what = f"{file} {defines} sm_{arch}"
+        assert not warnings, f"{what}: {warnings}"
+        assert set(resources) == _entry_points(file), what
+        for entry, r in resources.items():
+            assert r.spill_stores == r.spill_loads == 0, f"{what} {entry}: {r}"
+            assert 0 < r.registers <= 255 and r.shared <= 48 << 10, f"{what} {entry}: {r}"
+    assert {arch for _, _, arch in reports} == {"80", "86", "89", "90", "100", "120"}
+
+
+@needs_nvrtc
+def test_resources_are_those_of_the_table(reports):
+    """A kernel that suddenly takes more registers or shared memory shows here, before anyone times it."""
+    written, now = json.loads(nvrtc.TABLE.read_text()), nvrtc.table(reports)
+    hint = "renew it: python tests/nvrtc.py --write"
+    assert set(now) == set(written["kernels"]), hint
+    if nvrtc.version() != written["nvrtc"]:
+        pytest.skip(f"the table is by NVRTC {written['nvrtc']}, this is {nvrtc.version()}")
+    assert {label: (written["kernels"][label], row) for label, row in now.items() if row != written["kernels"][label]} == {}, hint
+
+
+@needs_nvrtc
+def test_a_models_kernels_compile_in_seconds():
+    """What a user waits for at the first start: the variants of a bf16 model, here in processor time of one core."""
+    start = time.thread_time()
+    for file, defines in cuda.variants():
+        if {value for _, value in defines} <= {"bf16", "f32", "128"} and ("W_TYPE", "f32") not in defines:
+            nvrtc.compile(launch.source(file), "90", defines)
+    seconds = time.thread_time() - start
+    assert seconds < 10, f"{seconds:.1f} s; the aim is 3 s"
+
+
+@needs_nvrtc
+def test_a_fault_is_reported_where_it_is():
+    text = launch.source("silu_mul").replace("out[i] = g /", "out[i] = gg /")
+    with pytest.raises(nvrtc.CompileError, match=r"kernels/silu_mul.cu\(\d+\): error: identifier \"gg\""):
+        nvrtc.compile(text, "90")
+
+
+@needs_nvrtc
+def test_inline_ptx_is_checked_for_each_architecture():
+    """Machine code and not PTX: what an architecture does not have is refused by ptxas alone."""
+    text = 'extern "C" __global__ void f(int* p) { asm volatile("wgmma.fence.sync.aligned;"); *p = 1; }'
+    with pytest.raises(nvrtc.CompileError, match="wgmma"):
+        nvrtc.compile(text, "80")
+    assert nvrtc.compile(text, "90a").cubin.startswith(b"\x7fELF")
+
+
+@needs_nvrtc
+def test_spills_and_warnings_are_seen():
+    spilling = """extern "C" __global__ void __launch_bounds__(1024, 2) f(float* p, int n) {
+        float a[64];
+        #pragma unroll
+        for (int i = 0; i < 64; i++) a[i] = p[i * n];
+        __syncthreads();
+        #pragma unroll
+        for (int i = 0; i < 64; i++) p[i * n + 1] = a[63 - i] * a[i];
+    }"""
+    compiled = nvrtc.compile(spilling, "90")
+    assert compiled.resources["f"].spill_stores > 0
+    assert "pill" in compiled.warnings
+    assert "never referenced" in nvrtc.compile('extern "C" __global__ void f() { int unused; }', "90").warnings
+
+
+def _entry_points(file):
+    return set(re.findall(r'extern "C" __global__ void (?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(', _code(file)))
+
+
+def _code(file):
+    """A source without its comments."""
+    text = (launch.KERNEL_FOLDER / f"{file}.cu").read_text() if isinstance(file, str) else file.read_text()
+    return re.sub(r"//.*|/\*.*?\*/", "", text, flags=re.S if "/*" in text and "//" not in text else 0)
+
+
+def test_every_file_can_be_compiled_by_the_package():
+    assert {path.stem for path in KERNELS} == {file for file, _ in cuda.variants()}
+    assert KERNELS
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+def test_entry_points(path):
+    """Each opens with a head comment, and each entry point says how many threads it may be launched with."""
+    text = path.read_text()
+    assert text.startswith("//")
+    kernels = text.count("__global__")
+    assert kernels == len(_entry_points(path.stem)) > 0
+    assert text.count("__launch_bounds__(") == kernels
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_sources_keep_the_rules(path):
+    code = _code(path)
+    if path.name != "ptx.cuh":
+        assert not re.search(r"\basm\b|__asm", code), "inline PTX belongs into ptx.cuh, beside its twin for the CPU"
+        assert "extern __shared__" not in code, "declare dynamic shared memory by DYNAMIC_SHARED"
+        assert "CUQWEN_CPU" not in code, "kernels are the same on CPU and GPU"
+    assert "printf" not in code
+    for include in re.findall(r"#\s*include\s*(\S+)", code):
+        assert include in ("<cuda_bf16.h>", "<cuda_fp16.h>", "<cuda_fp8.h>") or (path.parent / include.strip('"')).exists()
+        assert not any(name in include for name in FORBIDDEN)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# What to run on a machine with a GPU after a change to a kernel: tests, compute-sanitizer on the small shapes, accuracy,
+# timings. Records go to the folder given (default benchmarks/results).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-benchmarks/results}
+python3 -m pytest -m gpu -q -p no:cacheprovider || exit 1
+for tool in memcheck racecheck synccheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+        python3 -m pytest -m gpu -q -p no:cacheprovider tests/test_ops.py tests/test_model.py \
+        -k "gpu and not real_sizes and not hundred and not types and not capture and not wait" || exit 1
+done
+python3 benchmarks/accuracy.py --out "$out" || exit 1
+python3 -m benchmarks.ops --output "$out/ops.json"
