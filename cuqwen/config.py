@@ -195,7 +195,7 @@ def check_sampling_value(name: str, value: Any) -> Any:
     Raises TypeError for something that is not a number (a bool is not), ValueError for one out of range or not finite.
     """
     wanted, in_range = SAMPLING_RANGES[name]
-    kind = numbers.Integral if name == "top_k" else numbers.Real  # NumPy's scalars count, its bool does not
+    kind: Any = numbers.Integral if name == "top_k" else numbers.Real  # NumPy's scalars count, its bool does not
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{name}: wanted {wanted}, got {_short(value)} of type {type(value).__name__}")
     try:

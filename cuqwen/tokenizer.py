@@ -33,9 +33,6 @@ class Tokenizer:
     has_chat_template  whether `apply_chat_template` can work
     """
 
-    n_ids: int
-    has_chat_template: bool
-
     def __init__(
         self, backend: "tokenizers.Tokenizer", templates: dict[str, str], special_tokens: dict[str, str], where: str
     ) -> None:

@@ -235,6 +235,8 @@ def test_qwen2_head_dim():
         ({"auto_map": {"AutoModel": "modeling.X"}}, ["auto_map", "code of its own"]),
         ({"is_causal": False}, ["is_causal", "false"]),
         ({"use_mrope": True}, ["use_mrope"]),
+        ({"use_mrope": 0}, ["use_mrope", "wanted no such key, null or false, got 0"]),
+        ({"num_experts": False}, ["num_experts", "wanted no such key, null or 0, got false"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
         ({"per_layer_config": {"0": {"head_dim": 64}}}, ["per_layer_config"]),
         ({"rope_scaling": {"factor": 4.0, "rope_type": "yarn"}}, ["rope_scaling.rope_type", '"default"', '"yarn"']),

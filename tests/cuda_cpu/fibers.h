@@ -106,28 +106,32 @@ public:
             idle.erase(fits);
             return;
         }
-        void* pages = mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* pages = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         memory = pages == MAP_FAILED ? nullptr : static_cast<char*>(pages);
     }
     ~Stacks() {
         if (!memory) return;
 #ifdef EMU_ASAN
-        __asan_unpoison_memory_region(memory, count * STACK);  // fibres that were given up left their frames behind
+        __asan_unpoison_memory_region(memory, bytes());  // fibres that were given up left their frames behind
 #endif
         std::lock_guard<std::mutex> lock(mutex);
         if (idle.size() < 8) idle.emplace_back(memory, count);
-        else munmap(memory, count * STACK);
+        else munmap(memory, bytes());
     }
     Stacks(const Stacks&) = delete;
     Stacks& operator=(const Stacks&) = delete;
 
     bool ok() const { return memory; }
-    char* low(size_t i) const { return memory + i * STACK + STACK_GUARD; }
+    char* low(size_t i) const { return canary(i) + STACK_GUARD; }
     static constexpr size_t SIZE = STACK - STACK_GUARD;
-    void set_canary(size_t i) { *reinterpret_cast<uint64_t*>(memory + i * STACK) = CANARY; }
-    bool overflowed(size_t i) const { return *reinterpret_cast<uint64_t*>(memory + i * STACK) != CANARY; }
+    void set_canary(size_t i) { *reinterpret_cast<uint64_t*>(canary(i)) = CANARY; }
+    bool overflowed(size_t i) const { return *reinterpret_cast<uint64_t*>(canary(i)) != CANARY; }
 
 private:
+    // one more than there are threads: the first thread's stack has something below it to overflow into
+    size_t bytes() const { return (count + 1) * STACK; }
+    char* canary(size_t i) const { return memory + (i + 1) * STACK; }
+
     char* memory;
     size_t count;
     inline static std::mutex mutex;

@@ -154,7 +154,7 @@ private:
     void set_order(unsigned long number);
     void set_up(Fiber& f, unsigned linear, unsigned long number);
     void poison_shared_memory();
-    void check_guards();
+    void check_guard();
     void switch_to(Fiber* from, Fiber* to, bool for_good);
     [[noreturn]] void report_deadlock();
     static void fiber_entry();
@@ -203,18 +203,15 @@ void Block::poison_shared_memory() {
 #endif
 }
 
-void Block::check_guards() {
-    const std::string where = " in block " + name(fibers[0].block_index);
+void Block::check_guard() {
 #ifdef EMU_ASAN
     __asan_unpoison_memory_region(shared + launch.shared_bytes, GUARD);
 #else
     const unsigned char* guard = shared + launch.shared_bytes;
     if (std::any_of(guard, guard + GUARD, [](unsigned char byte) { return byte != GUARD_BYTE; }))
-        launch.fail("a write past the " + std::to_string(launch.shared_bytes) + " bytes of dynamic shared memory" + where);
+        launch.fail("a write past the " + std::to_string(launch.shared_bytes) + " bytes of dynamic shared memory; noticed after block " +
+                    name(fibers[0].block_index));
 #endif
-    for (const Fiber& f : fibers)
-        if (stacks.overflowed(f.linear))
-            launch.fail("thread " + name(f.index) + where + " overflowed its stack; raise STACK in tests/cuda_cpu/fibers.h");
 }
 
 void Block::run(unsigned long number) {
@@ -226,7 +223,7 @@ void Block::run(unsigned long number) {
     poison_shared_memory();
     worker_low = nullptr;
     switch_to(nullptr, &fibers[order[ready.take_first()]], false);
-    check_guards();
+    check_guard();
 }
 
 void Block::switch_to(Fiber* from, Fiber* to, bool for_good) {  // null: the worker
@@ -262,6 +259,8 @@ void Block::fiber_entry() {
 // warp gets as far ahead of the others as the barriers allow: that is what shows a missing one.
 void Block::give_way(const char* what, Site site) {
     Fiber& me = self();
+    // now, before the neighbour that it grew into runs
+    if (stacks.overflowed(me.linear)) fail("stack overflow: raise STACK in tests/cuda_cpu/fibers.h");
     me.waits_at = what, me.site = site;
     int place = ready.take_first();
     while (place < 0) {

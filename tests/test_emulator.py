@@ -1,0 +1,459 @@
+"""The emulator that runs our kernels on the CPU: what it computes is CUDA, and what it is there to catch, it catches."""
+
+import sys
+from pathlib import Path
+
+import emulator
+import ml_dtypes
+import numpy as np
+import nvrtc
+import pytest
+
+from cuqwen import launch
+
+PLANTED = Path(__file__).parent / "planted"
+BF16 = ml_dtypes.bfloat16
+LANES = np.arange(32)
+
+pytestmark = emulator.needs_emulator
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def intrinsics(request):
+    """Calls an entry point of planted/intrinsics.cu; on the CPU in all thread orders, with `-m gpu` on the GPU instead."""
+
+    def call(entry, grid, block, *args, shared_bytes=0, cooperative=False):
+        if request.param == "gpu":
+            cupy = launch.cupy()
+            function = launch.load_function(str(PLANTED / "intrinsics"), entry, ())
+            there = [cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in args]
+            function(grid, block, tuple(there), shared_bytes)
+            for here, result in zip(args, there, strict=True):
+                if isinstance(here, np.ndarray):
+                    here[...] = result.get()
+        else:
+            function = emulator.load_function(str(PLANTED / "intrinsics"), entry, (), cooperative=cooperative)
+            with emulator.orders():
+                function(grid, block, args, shared_bytes)
+
+    return call
+
+
+def planted(file, entry):
+    return emulator.load_function(str(PLANTED / file), entry)
+
+
+# ---- it is CUDA ----
+
+
+@pytest.mark.parametrize("argument, width", [(0, 32), (1, 32), (5, 32), (16, 32), (31, 32), (1, 8), (3, 4), (2, 16), (7, 8)])
+def test_shuffles(intrinsics, rng, argument, width):
+    x = rng.integers(-1000, 1000, 32).astype(np.int32)
+    out = np.zeros((10, 32), np.int32)
+    intrinsics("shuffles", (1,), (32,), out, x, np.int32(argument), np.int32(width))
+    segment = LANES // width * width
+
+    def up(width):
+        return np.where(LANES % width >= argument, LANES - argument, LANES)
+
+    def down(width):
+        return np.where(LANES % width + argument < width, LANES + argument, LANES)
+
+    xor = LANES ^ argument
+    sources = [
+        np.full(32, argument), segment + argument % width, up(32), up(width), down(32), down(width),
+        xor, np.where(xor < segment + width, xor, LANES), x & 31, xor,
+    ]  # fmt: skip
+    np.testing.assert_array_equal(out, np.stack([x[s] for s in sources]))
+
+
+def test_halves_of_a_warp_with_masks_of_their_own(intrinsics, rng):
+    x, out = rng.integers(0, 1000, 32).astype(np.int32), np.zeros(32, np.int32)
+    intrinsics("half_warps", (1,), (32,), out, x)
+    v = np.where(LANES < 16, x[:16].sum() + x[3], x[16:].max())
+    np.testing.assert_array_equal(out, v + v[::-1])
+
+
+def test_votes_and_warp_reductions(intrinsics, rng):
+    x, out = rng.integers(-500, 500, 32).astype(np.int32), np.zeros((13, 32), np.uint32)
+    if not np.zeros(0).size and intrinsics is None:
+        raise AssertionError
+    intrinsics("votes", (1,), (32,), out, x)
+    u = x.astype(np.uint32)
+    ballot = int(((x > 0) << LANES.astype(np.uint64)).sum())
+    match = [int(((x & 3) == (v & 3)).astype(np.uint64) @ (1 << LANES.astype(np.uint64))) for v in x]
+    bits = np.bitwise_and.reduce(u | 8) ^ np.bitwise_or.reduce(u & 0xF0F)
+    rows = [
+        ballot, 0, 1, 1, 0, match, u.sum(dtype=np.uint32), u.min(), u.max(), np.uint32(x.min() & 0xFFFFFFFF),
+        np.uint32(x.max()), bits, np.bitwise_xor.reduce(u),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(out, np.stack([np.broadcast_to(np.asarray(row, np.uint32), 32) for row in rows]))
+
+
+@pytest.mark.parametrize("threads", [32, 96, 256])
+def test_barriers_and_shared_memory(intrinsics, rng, threads):
+    x = rng.standard_normal((5, threads)).astype(np.float32)
+    out, counts = np.zeros_like(x), np.zeros((5, 3), np.int32)
+    intrinsics("barriers", (5,), (threads,), out, counts, x, shared_bytes=4 * threads)
+    np.testing.assert_array_equal(out, x)
+    np.testing.assert_array_equal(counts, np.stack([(x > 0).sum(1), (x > 2).any(1), (x > -2).all(1)], 1))
+
+
+def test_atomics(intrinsics, rng):
+    x = rng.integers(1, 1000, (7, 128)).astype(np.int32)
+    ints = np.array([0, 0, 10**6, 0, -1, 0, 0, 0, 50, 3], np.int32)
+    wide, total = np.zeros(3, np.uint64), np.zeros(1, np.float32)
+    intrinsics("atomics", (7,), (128,), ints, wide, total, x)
+    n, s = x.size, int(x.sum())
+    down = 50
+    for _ in range(n):
+        down = 99 if down == 0 else down - 1
+    folds = [int(f.reduce(x, axis=None)) for f in (np.bitwise_and, np.bitwise_or, np.bitwise_xor)]
+    assert ints.tolist() == [s, -s, x.min(), x.max(), *folds, n % 100, down, 3 + n]
+    assert wide.tolist() == [s << 20, int(x.max()) << 20, 5]
+    assert total[0] == s
+
+
+def awkward_floats(rng):
+    """Floats that rounding to 16 bits can get wrong: every bf16 and half, the midpoints between neighbours and the
+    floats beside those; random bits; subnormals, infinities, NaN."""
+    patterns = np.arange(65536, dtype=np.uint16)
+    exact = np.concatenate([patterns.view(BF16).astype(np.float32), patterns.view(np.float16).astype(np.float32)])
+    bits = np.concatenate([(patterns.astype(np.uint32) << 16) + 0x8000, exact.view(np.uint32) + 0x1000])
+    near = np.concatenate([bits - 1, bits, bits + 1]).astype(np.uint32).view(np.float32)
+    random = rng.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+    in_half_range = (rng.standard_normal(200_000) * 2.0 ** rng.integers(-28, 17, 200_000)).astype(np.float32)
+    special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.996, 65520, 2**-24, 2**-25, 3 * 2**-26, 1e-45], np.float32)
+    half = (np.arange(2048, dtype=np.float64) * 2.0**-25).astype(np.float32)  # subnormal halves and their midpoints
+    return np.concatenate([exact, near, random, in_half_range, special, half, -half])
+
+
+def same(a, b):
+    """Equal bit by bit, any NaN for any NaN."""
+    a, b = np.asarray(a), np.asarray(b)
+    nan = np.isnan(b.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(a.astype(np.float32)), nan)
+    width = f"u{a.itemsize}"
+    np.testing.assert_array_equal(a.view(width)[~nan], b.view(width)[~nan])
+
+
+def test_conversions_are_rounded_exactly(rng):
+    """Over all 65,536 patterns of both types and half a million floats. (A GPU run flushes float32 subnormals.)"""
+    x = awkward_floats(rng)
+    patterns = np.resize(np.arange(65536, dtype=np.uint16), x.size)
+    b, h = patterns.view(BF16), patterns.view(np.float16)
+    to_bf16, to_f16 = np.zeros(x.size, BF16), np.zeros(x.size, np.float16)
+    from_bf16, from_f16 = np.zeros(x.size, np.float32), np.zeros(x.size, np.float32)
+    convert = planted("intrinsics", "conversions")
+    convert((-(-x.size // 256),), (256,), (to_bf16, to_f16, from_bf16, from_f16, x, b, h, np.int32(x.size)))
+    with np.errstate(over="ignore"):
+        same(to_bf16, x.astype(BF16))
+        same(to_f16, x.astype(np.float16))
+    same(from_bf16, b.astype(np.float32))
+    same(from_f16, h.astype(np.float32))
+
+
+def test_pairs_and_arithmetic_in_16_bits(rng):
+    """Each operation rounded once: against NumPy's float64 result rounded to the type."""
+    n = 20_000
+    x = (rng.standard_normal((n // 2, 2)) * 2.0 ** rng.integers(-6, 6, (n // 2, 2))).astype(np.float32)
+    out = np.zeros((2, 4, n // 2, 2), np.float32)
+    planted("intrinsics", "pairs")((-(-n // 512),), (256,), (out, x, np.int32(n)))
+    for got, dtype in zip(out, (BF16, np.float16), strict=True):
+        v = x.astype(dtype)
+        a, b = v[:, 0].astype(np.float64), v[:, 1].astype(np.float64)
+        same(got[0], v.astype(np.float32))
+        same(got[1], v.astype(np.float32))
+        # float64 holds sums and products of 11-bit numbers of these magnitudes exactly, so this rounds once
+        same(got[2], np.stack([a + b, a * b], 1).astype(dtype).astype(np.float32))
+        same(got[3], np.stack([(a - b).astype(dtype), a < b], 1).astype(np.float32))
+
+
+def test_indices(intrinsics):
+    grid, block = (3, 4, 2), (5, 3, 4)
+    out = np.full((24, 60, 2), -1, np.int32)
+    intrinsics("indices", grid, block, out)
+    np.testing.assert_array_equal(out[:, :, 0], np.broadcast_to(np.arange(60), (24, 60)))
+    assert (out[:, :, 1] == 2000 + 400 + 32).all()
+
+
+def test_arguments_of_every_kind(intrinsics):
+    pair = np.array((3, 0.5), np.dtype([("number", "i4"), ("scale", "f4")]))[()]
+    out = np.zeros(1, np.float32)
+    intrinsics("arguments", (1,), (32,), out, None, pair, np.int64(1 << 40), np.float16(0.25), np.bool_(True))
+    assert out[0] == 1.5 + 1 + 0.25 + 1
+
+
+def test_arithmetic(intrinsics):
+    x, y, u, s = np.float32(1.7), np.float32(3.3), np.uint32(0xCAFE), np.int32(96)
+    out = np.zeros(10, np.float32)
+    intrinsics("arithmetic", (1,), (32,), out, x, y, u, s)
+    exact_product_error = float(x) * float(y) - float(x * y)
+    reverse = int(f"{int(u):032b}"[::-1], 2)
+    wanted = [-x, bin(u).count("1") * 1000 + 25 * 10 + 6, x, 0xCAFE, 1 / np.sqrt(float(x)), exact_product_error,
+              0x5678CAFE, reverse, int(u) >> 1, x / y]  # fmt: skip
+    np.testing.assert_allclose(out, np.array(wanted, np.float64), rtol=2**-22)  # rsqrtf: 2 ulp on a GPU
+    assert out[9] == x / y and out[5] == np.float32(exact_product_error)
+
+
+def test_blocks_may_wait_for_each_other_in_a_cooperative_launch(intrinsics):
+    out, values, arrived = np.zeros(512, np.int32), np.zeros(512, np.int32), np.zeros(1, np.uint32)
+    intrinsics("grid_barrier", (8,), (64,), out, values, arrived, cooperative=True)
+    np.testing.assert_array_equal(out, np.arange(512)[::-1])
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason=nvrtc.unavailable_reason())
+@pytest.mark.parametrize("file", ["intrinsics", "barriers", "memory"])
+def test_the_kernels_here_are_cuda(file):
+    assert nvrtc.compile(emulator.source(str(PLANTED / file)), "90").resources
+
+
+def test_the_fallback_without_assembly(monkeypatch):
+    """Other processors switch fibres by swapcontext; the same kernel, the same results."""
+    monkeypatch.setattr(emulator, "_flags", lambda flags=(*emulator._flags(), "-DEMU_UCONTEXT"): flags)
+    caches = (emulator._runtime, emulator._library, emulator.load_function)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        x, out, counts = np.arange(96, dtype=np.float32), np.zeros(96, np.float32), np.zeros(3, np.int32)
+        with emulator.orders():
+            planted("intrinsics", "barriers")((1,), (96,), (out, counts, x), 4 * 96)
+        np.testing.assert_array_equal(out, x)
+        with pytest.raises(emulator.KernelError, match="returned while"):
+            planted("barriers", "barrier_after_return")((1,), (64,), (out,))
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+# ---- it catches what it is there to catch ----
+
+
+@pytest.mark.parametrize("entry, threads", [("missing_barrier", 128), ("missing_syncwarp", 32)])
+def test_a_missing_barrier_shows_as_a_difference_between_thread_orders(entry, threads):
+    x, out = np.arange(threads, dtype=np.float32), np.zeros(threads, np.float32)
+    kernel = planted("barriers", entry)
+    with emulator.orders(), pytest.raises(emulator.KernelError, match="depends on the order of threads"):
+        kernel((1,), (threads,), (out, x))
+    kernel((1,), (threads,), (out, x))
+    assert np.isnan(out).any()  # and what was not yet written reads as NaN
+
+
+def test_a_missing_barrier_before_shared_memory_is_used_again():
+    x, out = np.arange(256, dtype=np.float32), np.zeros((2, 256), np.float32)
+    with emulator.orders(), pytest.raises(emulator.KernelError, match="depends on the order of threads"):
+        planted("barriers", "missing_second_barrier")((1,), (256,), (out, x))
+
+
+def test_a_result_that_depends_on_the_order_of_blocks():
+    with emulator.orders(), pytest.raises(emulator.KernelError, match="depends on the order"):
+        planted("barriers", "last_block_wins")((64,), (32,), (np.zeros(1, np.int32),))
+
+
+FAULTY_BARRIERS = {
+    "barrier_after_return": (64, r"__syncthreads \(\S*barriers.cu:\d+\).* block \(0,0,0\), thread \(\d+,0,0\)"),
+    "barrier_in_branch": (64, r"threads of a block wait at different barriers: __syncthreads \(\S*barriers.cu:\d+\) and"),
+    "shuffle_in_branch": (64, r"deadlock: thread .* more wait at __syncthreads.*thread \(32,0,0\) waits at __shfl_xor_sync"),
+    "wrong_mask": (32, r"lane 31 is not in its own mask 0x7fffffff"),
+}
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+@pytest.mark.parametrize("entry", FAULTY_BARRIERS)
+def test_divergent_barriers_are_reported_with_block_and_thread(entry, order):
+    threads, message = FAULTY_BARRIERS[entry]
+    if entry == "wrong_mask" and order != "ascending":
+        message = "not in its own mask"
+    with emulator.orders(order), pytest.raises(emulator.KernelError) as caught:
+        planted("barriers", entry)((2,), (threads,), (np.zeros(threads, np.float32),))
+    text = str(caught.value)
+    parts = [text] if entry != "shuffle_in_branch" else ["; ".join(sorted(text.split("; "), reverse=True)), text]
+    import re
+
+    assert any(re.search(message, part) for part in parts), text
+
+
+def test_lanes_that_are_not_there_read_as_nan():
+    out = np.zeros(20, np.float32)
+    planted("barriers", "absent_lanes")((1,), (20,), (out,))
+    np.testing.assert_array_equal(out, [*range(1, 20), np.nan])
+
+
+def test_waiting_for_ever_is_reported(monkeypatch):
+    monkeypatch.setattr(emulator.settings, "patience", 0.2)
+    with pytest.raises(emulator.KernelError, match=r"nothing but polling for too long: .*__nanosleep \(\S*barriers.cu:\d+\)"):
+        planted("barriers", "waits_for_ever")((1,), (32,), (np.zeros(1, np.int32),))
+
+
+def test_uninitialised_shared_memory_reads_as_nan():
+    out = np.zeros((4, 2), np.float32)  # four blocks on each OS thread: none may see the one before
+    for _ in range(2):
+        planted("memory", "uninitialised")((4,), (32,), (out,), 33 * 4)
+        assert np.isnan(out).all()
+        out[:] = 0
+
+
+def test_a_write_past_dynamic_shared_memory():
+    kernel, out = planted("memory", "dynamic_shared_overrun"), np.zeros(32, np.float32)
+    kernel((1,), (32,), (out, np.int32(30)), 31 * 4)
+    with pytest.raises(emulator.KernelError, match="past the 124 bytes of dynamic shared memory"):
+        kernel((1,), (32,), (out, np.int32(31)), 31 * 4)
+
+
+def test_a_stack_that_overflows():
+    kernel, out = planted("memory", "large_frame"), np.zeros(32, np.float32)
+    with pytest.raises(emulator.KernelError, match="stack overflow"):
+        kernel((1,), (32,), (out, np.int32(17000)))
+
+
+def test_a_write_past_an_array_is_noticed_in_its_red_zone():
+    kernel = planted("memory", "write_past_end")
+    for shape in ((40,), (8, 5)):
+        out = emulator.empty(shape, np.float32)
+        assert np.isnan(out).all() and out.ctypes.data % emulator.ALIGNMENT == 0
+        kernel((2,), (32,), (out, np.int32(39)))
+        with pytest.raises(emulator.KernelError, match="argument 0: something was written just after an array of 160 bytes"):
+            kernel((2,), (32,), (out, np.int32(40)))
+
+
+def test_a_read_past_an_array_gives_nan():
+    out, x = emulator.empty((40,), np.float32), emulator.upload(np.ones(40, np.float32))
+    planted("memory", "read_past_end")((2,), (32,), (out, x, np.int32(40)))
+    np.testing.assert_array_equal(out, [2] * 39 + [np.nan])
+
+
+SANITIZED = """
+import numpy as np, emulator
+out, x = emulator.empty((40,), np.float32), emulator.upload(np.ones(200, np.float32))
+plain = np.zeros(40, np.float32)
+call = lambda file, entry: emulator.load_function({planted!r} + "/" + file, entry)
+{statement}
+print("survived")
+"""
+FAULTS = {  # what it is -> statement with the fault, the same without, what the sanitizer says
+    "global write": ("call('memory', 'write_past_end')((2,), (32,), (out, np.int32({})))", 40, 39, "AddressSanitizer"),
+    "global write to NumPy's memory": (
+        "call('memory', 'write_past_end')((2,), (32,), (plain, np.int32({})))", 40, 39, "heap-buffer-overflow",
+    ),
+    "global read": ("call('memory', 'read_past_end')((7,), (32,), (emulator.empty((224,), np.float32), x, np.int32({})))", 200, 199, "AddressSanitizer"),
+    "shared index": ("call('memory', 'shared_index')((1,), (32,), (out, np.int32({})))", 1, 0, "out of bounds"),
+    "dynamic shared memory": (
+        "call('memory', 'dynamic_shared_overrun')((1,), (32,), (out, np.int32({})), 31 * 4)", 31, 30, "AddressSanitizer",
+    ),
+    "misaligned 16-byte load": (
+        "call('memory', 'misaligned')((1,), (2,), (out.reshape(-1)[:8], x[{}:]))", 0, 3, "misaligned address",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_sanitizers_stop_at_accesses_that_a_gpu_may_not_survive(fault):
+    statement, bad, good, message = FAULTS[fault]
+    programs = [SANITIZED.format(planted=str(PLANTED), statement=statement.format(value)) for value in (good, bad)]
+    right, wrong = (emulator.sanitized("-c", program) for program in programs)
+    assert right.returncode == 0 and "survived" in right.stdout, right.stderr
+    assert wrong.returncode != 0 and message in wrong.stderr, wrong.stderr
+    assert "memory.cu" in wrong.stderr, "the report names the line in the kernel"
+
+
+def test_sanitizers_accept_fibres_that_are_given_up():
+    statement = """
+for entry in ("barrier_after_return", "barrier_in_branch", "shuffle_in_branch") * 3:
+    for order in emulator.ORDERS:
+        try:
+            with emulator.orders(order):
+                call("barriers", entry)((3,), (64,), (np.zeros(64, np.float32),))
+        except emulator.KernelError as error:
+            print(error)
+        else:
+            raise SystemExit("not caught")
+n = np.zeros(3, np.int32)
+call("intrinsics", "barriers")((5,), (96,), (np.zeros(480, np.float32), np.zeros(15, np.int32), np.zeros(480, np.float32)), 384)
+"""
+    done = emulator.sanitized("-c", SANITIZED.format(planted=str(PLANTED), statement=statement))
+    assert done.returncode == 0 and "survived" in done.stdout, done.stderr
+
+
+# ---- it refuses what a GPU would misread ----
+
+
+def call_silu(*args, grid=(1,), block=(256,)):
+    emulator.load_function("silu_mul", "silu_mul")(grid, block, args)
+
+
+def test_arguments_are_refused_by_name():
+    x = np.zeros(256, np.float32)
+    read_only = np.zeros(256, np.float32)
+    read_only.flags.writeable = False
+    call_silu(x, read_only, x, np.int64(256))
+    cases = [
+        ((x, x, x, 256), "argument 3: wanted a NumPy scalar int64 of 8 bytes, got int"),
+        ((x, x, x, 256.0), "argument 3: .* got float"),
+        ((x, x, x, np.int32(256)), "argument 3: wanted int64 of 8 bytes, got int32 of 4"),
+        ((x, x, x, np.float64(256)), "argument 3: wanted int64 of 8 bytes, got float64"),
+        ((x, x, x), "wanted 4 arguments, got 3"),
+        ((x, x, x, np.int64(1), np.int64(1)), "wanted 4 arguments, got 5"),
+        ((x, x.astype(np.float64), x, np.int64(256)), "argument 1: wanted an array of float32, got float64"),
+        ((x, np.zeros((256, 2), np.float32)[:, 0], x, np.int64(256)), "argument 1: wanted a C-contiguous array"),
+        ((read_only, x, x, np.int64(256)), "argument 0: wanted an array that may be written"),
+        ((x, [1.0], x, np.int64(256)), "argument 1: wanted an array of float32 or None, got list"),
+        ((x, np.float32(1), x, np.int64(256)), "argument 1: wanted an array of float32 or None, got float32"),
+    ]
+    for args, message in cases:
+        with pytest.raises(TypeError, match=f"silu_mul: {message}"):
+            call_silu(*args)
+
+
+def test_grids_and_blocks_are_refused_as_by_a_gpu():
+    args = (np.zeros(256, np.float32),) * 3 + (np.int64(0),)
+    for grid, block, message in (
+        ((0,), (256,), "grid: wanted sizes from 1"),
+        ((1, 70000), (256,), "grid"),
+        ((1,), (0,), "block"),
+        ((1,), (257,), "at most 256 threads"),
+        ((1,), (16, 17), "at most 256 threads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call_silu(*args, grid=grid, block=block)
+
+
+def test_unknown_entry_points_and_constants():
+    with pytest.raises(ValueError, match="no entry point .* nothing; found silu_mul"):
+        emulator.load_function("silu_mul", "nothing")
+    with pytest.raises(RuntimeError, match=r"kernels/embed.cu:\d+"):
+        emulator.load_function("embed", "embed", (("TABLE_TYPE", "no_such_type"),))
+
+
+# ---- in the package's place ----
+
+
+def test_the_packages_gpu_path_runs_on_numpy_arrays(emulated_gpu, rng):
+    from cuqwen import ops, reference
+
+    assert emulated_gpu.orders == emulator.ORDERS
+    x, w = rng.standard_normal((3, 40)).astype(np.float32), rng.standard_normal(40).astype(np.float32)
+    out = ops.rmsnorm(launch.upload(x), launch.upload(w))
+    assert out.base is not None and out.ctypes.data % emulator.ALIGNMENT == 0  # from `empty`, not from the reference
+    np.testing.assert_allclose(out, reference.rmsnorm(x.astype(np.float64), w.astype(np.float64)), rtol=1e-5)
+
+
+def test_compiling_in_two_processes_at_once(tmp_path):
+    import os
+    import subprocess
+
+    code = f"import emulator; emulator.load_function({str(PLANTED / 'memory')!r}, 'misaligned'); print('loaded')"
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}",
+    }
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert [p.communicate(timeout=120)[0] for p in processes] == ["loaded\n", "loaded\n"]
+    assert not list(tmp_path.rglob("*.partial")) and len(list(tmp_path.rglob("*.so"))) == 2
