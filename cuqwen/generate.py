@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cuqwen import launch, ops
+from cuqwen import launch
 from cuqwen.model import Qwen3
 from cuqwen.sampling import Sampler, Sampling
 from cuqwen.tokenizer import Tokenizer
@@ -106,7 +106,7 @@ def _read_prompt(model: Qwen3, prompt: Sequence[int], cache: Any) -> Any:
 def _choose(model: Qwen3, logits: Any, sampler: Sampler, n_ids: int) -> tuple[int, Any]:
     """The next token, for the host and as ids [1] on the device. The read of it is the step's only wait for the GPU."""
     if sampler.sampling.is_argmax:
-        ids = ops.argmax(logits[0, :n_ids].reshape(1, -1))
+        ids = model.device.operations.argmax(logits[0, :n_ids].reshape(1, -1))
         return int(ids[0]), ids
     row = logits[0].get() if launch.is_gpu_array(logits) else logits[0]
     token = sampler.sample(row)

@@ -1,16 +1,21 @@
-"""Qwen3's forward pass, in operation names. NumPy and CuPy arrays take the same path: `ops` tells them apart."""
+"""Qwen3's forward pass, in operation names. The CPU and the GPU take the same path: a device brings its operations along.
+
+The operations are called behind the door of `ops`: shapes and types follow from the configuration, against which the
+weights were checked when they were read, and checking each of some 300 calls a token would cost as much as launching it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from cuqwen import launch, ops
+from cuqwen import cuda, launch, reference
 from cuqwen.cache import KVCache
-from cuqwen.config import Config
+from cuqwen.config import CheckpointError, Config
 from cuqwen.rope import rope_table
 from cuqwen.weights import LayerWeights, Weights
 
@@ -19,22 +24,21 @@ Array = Any
 
 @dataclass(frozen=True)
 class Device:
-    """Where a model lives: its name, how arrays are made there, and the type in which activations are computed."""
+    """Where a model lives: its name, its operations, how arrays are made there, and the type that activations have."""
 
     name: str
+    operations: ModuleType
     empty: Callable[[tuple[int, ...], Any], Array]
     upload: Callable[[np.ndarray], Array]
     dtype: np.dtype
 
     @classmethod
     def cpu(cls, dtype: Any = np.float32) -> Device:
-        return cls("cpu", np.empty, lambda array: array, np.dtype(dtype))
+        return cls("cpu", reference, np.empty, lambda array: array, np.dtype(dtype))
 
     @classmethod
     def cuda(cls) -> Device:
-        return cls(
-            "cuda", lambda shape, dtype: launch.empty(shape, dtype), lambda a: launch.upload(a), np.dtype(np.float32)
-        )
+        return cls("cuda", cuda, lambda *spec: launch.empty(*spec), lambda a: launch.upload(a), np.dtype(np.float32))
 
     def place_weight(self, weight: np.ndarray) -> Array:
         """A weight where and as the operations want it: matrices as stored on the GPU, where vectors become float32
@@ -49,6 +53,13 @@ class Qwen3:
 
     def __init__(self, config: Config, weights: Weights, device: Device, kv_dtype: Any) -> None:
         self.config, self.weights, self.device, self.kv_dtype = config, weights, device, np.dtype(kv_dtype)
+        for index, layer in enumerate(weights.layers):
+            dtypes = {str(projection.dtype) for projection in (layer.q_proj, layer.k_proj, layer.v_proj)}
+            if len(dtypes) > 1:  # one kernel reads all three
+                raise CheckpointError(
+                    f"model.layers.{index}.self_attn: wanted q_proj, k_proj and v_proj of one dtype on the GPU, "
+                    f'got {" and ".join(sorted(dtypes))}; convert the checkpoint to one dtype or use device="cpu"'
+                )
         self._grow_tables(256)
 
     def _grow_tables(self, length: int) -> None:
@@ -69,7 +80,7 @@ class Qwen3:
         scores the token after ids[t]. `cache.length` grows by T when all is done, so that a call that raises leaves the
         sequence as it was. Raises ValueError if the cache cannot hold T more tokens.
         """
-        weights, eps = self.weights, self.config.rms_norm_eps
+        ops, weights, eps = self.device.operations, self.weights, self.config.rms_norm_eps
         start, stop = cache.length, cache.length + len(ids)
         if stop > cache.capacity:
             raise ValueError(f"forward: ids: wanted at most {cache.capacity - start} more tokens, got {len(ids)}")
@@ -90,6 +101,7 @@ class Qwen3:
 
     def _append(self, h: Array, layer: LayerWeights, positions: Array, keys: Array, values: Array) -> Array:
         """Write k and v of the new tokens into their rows of the cache; return q [T, H, D]."""
+        ops = self.device.operations
         normed = layer.q_norm is not None  # then k stays float32 until its norm is done
         q, k, _, q_ms, k_ms = ops.qkv_rope(
             h, layer.q_proj, layer.k_proj, layer.v_proj, self.cos, self.sin, positions,

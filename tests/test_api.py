@@ -160,7 +160,7 @@ def test_logits_do_not_change_their_argument(tiny):
     ids=str,
 )  # fmt: skip
 def test_logits_refuse_ids_by_value_and_shape(tiny, ids):
-    with pytest.raises(ValueError, match=r"ids: wanted .*got"):
+    with pytest.raises(ValueError, match=r"logits: ids: wanted .*got"):
         tiny.logits(ids)
 
 
@@ -378,6 +378,15 @@ def test_several_stop_strings(demo, steps, text):
         first = min(text.find(s) for s in strings if s in text)
         assert demo.generate(PROMPT, stop=stop, **arguments) == text[:first]
     assert_stops(demo, arguments, [text[5:9], text[7:8] + "\0"], steps, text)
+
+
+def test_two_stop_strings_completed_by_one_token(demo, steps, text):
+    """The one that begins first counts, whichever was named first."""
+    i = next(i for i in range(2, N) if len(steps[i].text) >= 3)
+    at = sum(len(step.text) for step in steps[:i])
+    pair = [text[at - 3 : at + 2], text[at - 2 : at + 3]]
+    for stop in (pair, pair[::-1]):
+        assert_stops(demo, {"max_tokens": N, "temperature": 0}, stop, steps, text)
 
 
 def test_stop_at_the_very_first_characters(demo, steps, text):

@@ -81,16 +81,14 @@ def test_halves_of_a_warp_with_masks_of_their_own(intrinsics, rng):
 
 def test_votes_and_warp_reductions(intrinsics, rng):
     x, out = rng.integers(-500, 500, 32).astype(np.int32), np.zeros((13, 32), np.uint32)
-    if not np.zeros(0).size and intrinsics is None:
-        raise AssertionError
     intrinsics("votes", (1,), (32,), out, x)
     u = x.astype(np.uint32)
     ballot = int(((x > 0) << LANES.astype(np.uint64)).sum())
     match = [int(((x & 3) == (v & 3)).astype(np.uint64) @ (1 << LANES.astype(np.uint64))) for v in x]
     bits = np.bitwise_and.reduce(u | 8) ^ np.bitwise_or.reduce(u & 0xF0F)
     rows = [
-        ballot, 0, 1, 1, 0, match, u.sum(dtype=np.uint32), u.min(), u.max(), np.uint32(x.min() & 0xFFFFFFFF),
-        np.uint32(x.max()), bits, np.bitwise_xor.reduce(u),
+        ballot, 0, 1, 1, 0, match, u.sum(dtype=np.uint32), u.min(), u.max(), x.min().astype(np.uint32),
+        x.max().astype(np.uint32), bits, np.bitwise_xor.reduce(u),
     ]  # fmt: skip
     np.testing.assert_array_equal(out, np.stack([np.broadcast_to(np.asarray(row, np.uint32), 32) for row in rows]))
 
@@ -100,7 +98,7 @@ def test_barriers_and_shared_memory(intrinsics, rng, threads):
     x = rng.standard_normal((5, threads)).astype(np.float32)
     out, counts = np.zeros_like(x), np.zeros((5, 3), np.int32)
     intrinsics("barriers", (5,), (threads,), out, counts, x, shared_bytes=4 * threads)
-    np.testing.assert_array_equal(out, x)
+    np.testing.assert_array_equal(out, x[:, ::-1])
     np.testing.assert_array_equal(counts, np.stack([(x > 0).sum(1), (x > 2).any(1), (x > -2).all(1)], 1))
 
 
@@ -151,7 +149,7 @@ def test_conversions_are_rounded_exactly(rng):
     from_bf16, from_f16 = np.zeros(x.size, np.float32), np.zeros(x.size, np.float32)
     convert = planted("intrinsics", "conversions")
     convert((-(-x.size // 256),), (256,), (to_bf16, to_f16, from_bf16, from_f16, x, b, h, np.int32(x.size)))
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         same(to_bf16, x.astype(BF16))
         same(to_f16, x.astype(np.float16))
     same(from_bf16, b.astype(np.float32))
@@ -223,8 +221,8 @@ def test_the_fallback_without_assembly(monkeypatch):
         x, out, counts = np.arange(96, dtype=np.float32), np.zeros(96, np.float32), np.zeros(3, np.int32)
         with emulator.orders():
             planted("intrinsics", "barriers")((1,), (96,), (out, counts, x), 4 * 96)
-        np.testing.assert_array_equal(out, x)
-        with pytest.raises(emulator.KernelError, match="returned while"):
+        np.testing.assert_array_equal(out, x[::-1])
+        with pytest.raises(emulator.KernelError, match="must reach"):
             planted("barriers", "barrier_after_return")((1,), (64,), (out,))
     finally:
         for cache in caches:
@@ -255,27 +253,22 @@ def test_a_result_that_depends_on_the_order_of_blocks():
         planted("barriers", "last_block_wins")((64,), (32,), (np.zeros(1, np.int32),))
 
 
-FAULTY_BARRIERS = {
-    "barrier_after_return": (64, r"__syncthreads \(\S*barriers.cu:\d+\).* block \(0,0,0\), thread \(\d+,0,0\)"),
-    "barrier_in_branch": (64, r"threads of a block wait at different barriers: __syncthreads \(\S*barriers.cu:\d+\) and"),
-    "shuffle_in_branch": (64, r"deadlock: thread .* more wait at __syncthreads.*thread \(32,0,0\) waits at __shfl_xor_sync"),
-    "wrong_mask": (32, r"lane 31 is not in its own mask 0x7fffffff"),
+PLACE = r"\(\S+/planted/barriers\.cu:\d+\)"
+FAULTY_BARRIERS = {  # threads of a block, the report
+    "barrier_after_return": (64, f"__syncthreads {PLACE}, which every thread of a block must reach"),
+    "barrier_in_branch": (64, f"wait at different barriers: __syncthreads {PLACE} and __syncthreads {PLACE}"),
+    "shuffle_in_branch": (64, rf"deadlock: (?=.*62 more wait at __syncthreads {PLACE}).*thread \(32,0,0\) waits at __shfl_xor_sync {PLACE}"),
+    "wrong_mask": (32, f"__shfl_xor_sync {PLACE}: lane 31 is not in its own mask 0x7fffffff"),
 }
 
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
 @pytest.mark.parametrize("entry", FAULTY_BARRIERS)
-def test_divergent_barriers_are_reported_with_block_and_thread(entry, order):
+def test_divergent_barriers_are_reported_with_place_block_and_thread(entry, order):
     threads, message = FAULTY_BARRIERS[entry]
-    if entry == "wrong_mask" and order != "ascending":
-        message = "not in its own mask"
-    with emulator.orders(order), pytest.raises(emulator.KernelError) as caught:
+    message = rf"{entry}, threads {order}: .*{message}.*; noticed in block \([01],0,0\), thread \(\d+,0,0\)"
+    with emulator.orders(order), pytest.raises(emulator.KernelError, match=message):
         planted("barriers", entry)((2,), (threads,), (np.zeros(threads, np.float32),))
-    text = str(caught.value)
-    parts = [text] if entry != "shuffle_in_branch" else ["; ".join(sorted(text.split("; "), reverse=True)), text]
-    import re
-
-    assert any(re.search(message, part) for part in parts), text
 
 
 def test_lanes_that_are_not_there_read_as_nan():

@@ -83,6 +83,14 @@ def test_a_prompt_fed_whole_equals_the_prompt_fed_in_pieces(pieces):
     assert np.max(np.abs(run(network, pieces, ids) - whole)) <= 1e-12 * np.max(np.abs(whole))
 
 
+def test_projections_of_mixed_types_are_refused():
+    """The kernels would read the second as if it were of the first's type."""
+    network = load(DEMO, Device.cpu(), np.float32)
+    network.weights.layers[2].k_proj = network.weights.layers[2].k_proj.astype(ml_dtypes.bfloat16)
+    with pytest.raises(cuqwen.CheckpointError, match="layers.2.self_attn: wanted q_proj, .* got bfloat16 and float32"):
+        Qwen3(network.config, network.weights, Device.cuda(), ml_dtypes.bfloat16)
+
+
 def test_a_full_cache_is_refused_and_left_as_it_was():
     network = load(DEMO, Device.cpu(), np.float32)
     cache = network.new_cache(4)

@@ -145,7 +145,7 @@ template <class T> inline void __stwt(T* p, T x) { *p = x; }
 inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __nanosleep(unsigned, emu::Site site = EMU_HERE) { emu::poll("__nanosleep", site); }
+inline void __nanosleep(unsigned, emu::Site site = {}) { emu::poll("__nanosleep", site); }
 
 namespace emu {
 template <class T> struct Given { typedef T type; };  // an argument that takes no part in deducing T
@@ -177,10 +177,10 @@ template <class T> inline T atomicCAS(T* p, typename emu::Given<T>::type expecte
 
 // ---- the block ----
 
-inline void __syncthreads(emu::Site site = EMU_HERE) { emu::block_barrier("__syncthreads", site, false); }
-inline int __syncthreads_count(int p, emu::Site site = EMU_HERE) { return emu::block_barrier("__syncthreads_count", site, p); }
-inline int __syncthreads_or(int p, emu::Site site = EMU_HERE) { return emu::block_barrier("__syncthreads_or", site, p) != 0; }
-inline int __syncthreads_and(int p, emu::Site site = EMU_HERE) { return emu::block_barrier("__syncthreads_and", site, !p) == 0; }
+inline void __syncthreads(emu::Site site = {}) { emu::block_barrier("__syncthreads", site, false); }
+inline int __syncthreads_count(int p, emu::Site site = {}) { return emu::block_barrier("__syncthreads_count", site, p); }
+inline int __syncthreads_or(int p, emu::Site site = {}) { return emu::block_barrier("__syncthreads_or", site, p) != 0; }
+inline int __syncthreads_and(int p, emu::Site site = {}) { return emu::block_barrier("__syncthreads_and", site, !p) == 0; }
 
 // ---- the warp ----
 
@@ -236,36 +236,36 @@ struct Nothing {
 
 }  // namespace emu
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, emu::Site site = EMU_HERE) {
+inline void __syncwarp(unsigned mask = 0xffffffffu, emu::Site site = {}) {
     emu::collect<int>("__syncwarp", site, mask, 0, emu::Nothing());
 }
-template <class T> inline T __shfl_sync(unsigned mask, T x, int source, int width = 32, emu::Site site = EMU_HERE) {
+template <class T> inline T __shfl_sync(unsigned mask, T x, int source, int width = 32, emu::Site site = {}) {
     const unsigned lane = emu::current->lane;
     return emu::shuffle("__shfl_sync", site, mask, x, (lane & ~(width - 1)) | (source & (width - 1)));
 }
-template <class T> inline T __shfl_xor_sync(unsigned mask, T x, int lanes, int width = 32, emu::Site site = EMU_HERE) {
+template <class T> inline T __shfl_xor_sync(unsigned mask, T x, int lanes, int width = 32, emu::Site site = {}) {
     const unsigned lane = emu::current->lane, source = lane ^ lanes;
     // as the hardware has it: a lane of an earlier segment may be read, one of a later segment not
     return emu::shuffle("__shfl_xor_sync", site, mask, x, source <= (lane | (width - 1)) ? source : lane);
 }
-template <class T> inline T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width = 32, emu::Site site = EMU_HERE) {
+template <class T> inline T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width = 32, emu::Site site = {}) {
     const unsigned lane = emu::current->lane;
     return emu::shuffle("__shfl_down_sync", site, mask, x, (lane & (width - 1)) + delta < unsigned(width) ? lane + delta : lane);
 }
-template <class T> inline T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = 32, emu::Site site = EMU_HERE) {
+template <class T> inline T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = 32, emu::Site site = {}) {
     const unsigned lane = emu::current->lane;
     return emu::shuffle("__shfl_up_sync", site, mask, x, (lane & (width - 1)) >= delta ? lane - delta : lane);
 }
-inline unsigned __ballot_sync(unsigned mask, int p, emu::Site site = EMU_HERE) {
+inline unsigned __ballot_sync(unsigned mask, int p, emu::Site site = {}) {
     return emu::collect<unsigned>("__ballot_sync", site, mask, p, emu::Ballot());
 }
-inline int __any_sync(unsigned mask, int p, emu::Site site = EMU_HERE) {
+inline int __any_sync(unsigned mask, int p, emu::Site site = {}) {
     return emu::collect<unsigned>("__any_sync", site, mask, p, emu::Ballot()) != 0;
 }
-inline int __all_sync(unsigned mask, int p, emu::Site site = EMU_HERE) {
+inline int __all_sync(unsigned mask, int p, emu::Site site = {}) {
     return emu::collect<int>("__all_sync", site, mask, p, emu::All());
 }
-template <class T> inline unsigned __match_any_sync(unsigned mask, T x, emu::Site site = EMU_HERE) {
+template <class T> inline unsigned __match_any_sync(unsigned mask, T x, emu::Site site = {}) {
     return emu::collect<unsigned>("__match_any_sync", site, mask, x, emu::Match());
 }
 
@@ -279,7 +279,7 @@ template <class T> inline unsigned __match_any_sync(unsigned mask, T x, emu::Sit
         }                                                                                              \
     };                                                                                                 \
     }                                                                                                  \
-    inline T __reduce_##name##_sync(unsigned mask, T x, emu::Site site = EMU_HERE) {                   \
+    inline T __reduce_##name##_sync(unsigned mask, T x, emu::Site site = {}) {                   \
         return emu::collect<T>("__reduce_" #name "_sync", site, mask, x, emu::name##_##T());           \
     }
 EMU_REDUCE(add, unsigned, a + b) EMU_REDUCE(min, unsigned, b < a ? b : a) EMU_REDUCE(max, unsigned, a < b ? b : a)

@@ -26,9 +26,12 @@ struct Thread {
 // __thread, not thread_local: no dynamic initialisation, so that an access is two instructions.
 extern __thread const Thread* current __attribute__((tls_model("initial-exec")));
 
-// A place in the kernel's source, for reports. As a default argument it is the caller's line.
-struct Site { const char* file; int line; };
-#define EMU_HERE emu::Site { __builtin_FILE(), __builtin_LINE() }
+// A place in the kernel's source, for reports: as a default argument `Site site = {}` it is the caller's line.
+struct Site {
+    const char* file;
+    int line;
+    constexpr Site(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
+};
 
 // __syncthreads and its voting kin: waits for every thread of the block, returns how many brought a vote.
 int block_barrier(const char* what, Site site, bool vote);

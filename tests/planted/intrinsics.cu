@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(32) votes(unsigned* out, const int*
     for (int i = 0; i < 13; i++) out[32 * i + lane] = results[i];
 }
 
-// Reverses x [blocks, threads] within each block, twice through shared memory of both kinds; counts what is positive.
+// Reverses x [blocks, threads] within each block, three times through shared memory of both kinds; counts votes.
 extern "C" __global__ void __launch_bounds__(256) barriers(float* out, int* counts, const float* x) {
     __shared__ float reversed[256];
     DYNAMIC_SHARED(float, again);
