@@ -87,7 +87,7 @@ def test_projections_of_mixed_types_are_refused():
     """The kernels would read the second as if it were of the first's type."""
     network = load(DEMO, Device.cpu(), np.float32)
     network.weights.layers[2].k_proj = network.weights.layers[2].k_proj.astype(ml_dtypes.bfloat16)
-    with pytest.raises(cuqwen.CheckpointError, match="layers.2.self_attn: wanted q_proj, .* got bfloat16 and float32"):
+    with pytest.raises(cuqwen.CheckpointError, match=r"layers.2.self_attn: wanted q_proj, .* got bfloat16 and float32"):
         Qwen3(network.config, network.weights, Device.cuda(), ml_dtypes.bfloat16)
 
 
