@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class Model:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] = (),
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
     ) -> Iterator[Step]:
@@ -151,6 +151,8 @@ class Model:
                 f"stream: prompt of {len(ids)} tokens and max_tokens {max_tokens}: wanted at most {self.max_context} "
                 f"together, the context, got {len(ids) + max_tokens}; {remedy}"
             )
+        if not isinstance(stop, Iterable):
+            raise TypeError(f"stream: stop: wanted a string or several, got {type(stop).__name__}")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         for string in stops:
             if not isinstance(string, str):
@@ -177,16 +179,23 @@ class Model:
         if isinstance(prompt, str):
             try:
                 prompt = self.tokenizer.encode(prompt)
-            except UnicodeEncodeError:  # lone surrogates: what Python makes of bytes that are not UTF-8
+            except UnicodeEncodeError:
                 raise ValueError("stream: prompt: wanted valid Unicode text, got text with lone surrogates") from None
         return self._check_ids(prompt, "stream: prompt")
 
     def _check_ids(self, ids: Any, where: str) -> np.ndarray:
+        if not isinstance(ids, (Sequence, np.ndarray)) or isinstance(ids, (str, bytes)):
+            raise TypeError(f"{where}: wanted a flat list of token ids, got {type(ids).__name__}")
         if len(ids) == 0:
             raise ValueError(f"{where}: wanted at least one token, got none; give some text")
-        array = np.asarray(ids)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise TypeError(f"{where}: wanted a flat list of token ids, got shape {list(array.shape)} of {array.dtype}")
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # ragged
+            raise ValueError(f"{where}: wanted a flat list of token ids, got nested ones of several lengths") from None
+        if array.ndim != 1:
+            raise ValueError(f"{where}: wanted a flat list of token ids, got shape {list(array.shape)}")
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{where}: wanted a list of integers, got {array.dtype}")
         if array.min() < 0 or array.max() >= self.config.vocab_size:
             raise ValueError(
                 f"{where}: wanted ids in 0..{self.config.vocab_size - 1}, got {array.min()}..{array.max()}"

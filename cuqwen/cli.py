@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,20 +27,53 @@ PROGRESS_FROM_BYTES = 200_000_000  # smaller files are read before a bar can be 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parser = _parser()
-    options = parser.parse_args(argv)
+    _open_missing_streams()
+    interrupts = _watch_interrupts()
     try:
-        return options.run(options, options.parser)
-    except KeyboardInterrupt:
+        options = _parser().parse_args(argv)
+        options.run(options, options.parser)
         sys.stdout.flush()
-        print("\ncuqwen: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has had enough: nothing failed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        print(f"cuqwen: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        _give_up_stdout()
+        if interrupts or isinstance(error, KeyboardInterrupt):
+            print("\ncuqwen: interrupted", file=sys.stderr)
+            return INTERRUPTED
+        if isinstance(error, BrokenPipeError):  # whoever read our output has had enough: nothing failed
+            return 0
+        if isinstance(error, (ValueError, RuntimeError, MemoryError, OSError)):
+            print(f"cuqwen: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1
+        raise
+
+
+def _watch_interrupts() -> list[int]:
+    """The interrupts that arrive from now on. One that hits an import in C comes out as some other error."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as under nohup
+        signal.signal(signal.SIGINT, interrupt)
+    return received
+
+
+def _open_missing_streams() -> None:
+    """Some schedulers start programs with standard streams closed. The next file to be opened would take such a
+    stream's number, and receive what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _give_up_stdout() -> None:
+    """Write out what can be written, and keep the interpreter from trying again, and complaining, when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +128,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--quiet", action="store_true", help="nothing but the text: no progress, no statistics")
 
 
-def _generate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _generate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     arguments = _sampling_arguments(options, parser)
     prompt = _read_prompt(options, parser)
     started = time.perf_counter()
@@ -114,28 +148,18 @@ def _generate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
         sys.stdout.flush()
     if not options.quiet:
         print(_statistics(model, len(taken), timings), file=sys.stderr)
-    return 0
 
 
 def _sampling_arguments(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The sampling settings that were given; impossible ones end the program with status 2, before anything is loaded."""
-    from cuqwen.sampling import Sampling
+    from cuqwen.config import SAMPLING_RANGES, check_sampling_value
 
-    names = (
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "seed",
-    )
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in SAMPLING_RANGES if getattr(options, name) is not None}
     try:
-        Sampling(**given)
-    except (ValueError, TypeError) as error:
-        parser.error(str(error))
+        for name, value in given.items():
+            check_sampling_value(name, value)
+    except ValueError as error:
+        parser.error(f"--{str(error).replace('_', '-')}")
     if options.max_tokens < 1:
         parser.error(f"--max-tokens: wanted at least 1, got {options.max_tokens}")
     if options.max_context is not None and options.max_context < 1:
@@ -162,6 +186,8 @@ def _read_prompt(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         prompt = prompt.removesuffix("\n")
     else:
         prompt = options.prompt
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python shows bytes that are not UTF-8
+            raise ValueError("prompt: wanted UTF-8 text, got other bytes; convert it, for instance with iconv")
     if not prompt:
         raise ValueError("prompt: wanted some text, got none")
     return prompt

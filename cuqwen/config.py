@@ -186,20 +186,22 @@ SAMPLING_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "repetition_penalty": ("a number > 0 (1 changes nothing)", lambda x: x > 0),
     "presence_penalty": ("a number from -2 to 2 (0 changes nothing)", lambda x: -2 <= x <= 2),
     "frequency_penalty": ("a number from -2 to 2 (0 changes nothing)", lambda x: -2 <= x <= 2),
+    "seed": ("an integer from 0 to 2^64 - 1", lambda x: 0 <= x < 2**64),
 }
 
 
 def check_sampling_value(name: str, value: Any) -> Any:
-    """Returns `value` as a Python int (top_k) or float (the others).
+    """Returns `value` as a Python int (top_k, seed) or float (the others).
 
     Raises TypeError for something that is not a number (a bool is not), ValueError for one out of range or not finite.
     """
     wanted, in_range = SAMPLING_RANGES[name]
-    kind: Any = numbers.Integral if name == "top_k" else numbers.Real  # NumPy's scalars count, its bool does not
+    whole = name in ("top_k", "seed")
+    kind: Any = numbers.Integral if whole else numbers.Real  # NumPy's scalars count, its bool does not
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{name}: wanted {wanted}, got {_short(value)} of type {type(value).__name__}")
     try:
-        result = int(value) if name == "top_k" else float(value)
+        result = int(value) if whole else float(value)
     except OverflowError:  # an integer beyond float64
         result = math.inf
     if not abs(result) < math.inf or not in_range(result):  # the first is true for NaN

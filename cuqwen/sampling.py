@@ -41,14 +41,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in SAMPLING_RANGES:
-            object.__setattr__(self, name, check_sampling_value(name, getattr(self, name)))
-        if self.seed is not None:
-            wanted = "seed: wanted None or an integer from 0 to 2^64 - 1"
-            if isinstance(self.seed, (bool, np.bool_)) or not isinstance(self.seed, (int, np.integer)):
-                raise TypeError(f"{wanted}, got {self.seed!r} of type {type(self.seed).__name__}")
-            if not 0 <= self.seed < 2**64:
-                raise ValueError(f"{wanted}, got {'a negative one' if self.seed < 0 else 'a larger one'}")
-            object.__setattr__(self, "seed", int(self.seed))
+            if name != "seed" or self.seed is not None:
+                object.__setattr__(self, name, check_sampling_value(name, getattr(self, name)))
 
     @property
     def has_penalties(self) -> bool:

@@ -442,7 +442,7 @@ def test_compiling_in_two_processes_at_once(tmp_path):
     code = f"import emulator; emulator.load_function({str(PLANTED / 'memory')!r}, 'misaligned'); print('loaded')"
     environment = {
         **os.environ,
-        "XDG_CACHE_HOME": str(tmp_path),
+        "CUQWEN_TEST_CACHE": str(tmp_path),
         "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}",
     }
     processes = [
