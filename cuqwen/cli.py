@@ -7,12 +7,13 @@ for an interrupted run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cuqwen import __version__
@@ -28,7 +29,6 @@ PROGRESS_FROM_BYTES = 200_000_000  # smaller files are read before a bar can be 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     _open_missing_streams()
-    interrupts = _watch_interrupts()
     try:
         options = _parser().parse_args(argv)
         options.run(options, options.parser)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:
         _give_up_stdout()
-        if interrupts or isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt):
             print("\ncuqwen: interrupted", file=sys.stderr)
             return INTERRUPTED
         if isinstance(error, BrokenPipeError):  # whoever read our output has had enough: nothing failed
@@ -47,17 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _watch_interrupts() -> list[int]:
-    """The interrupts that arrive from now on. One that hits an import in C comes out as some other error."""
+@contextlib.contextmanager
+def _hold_interrupts() -> Iterator[None]:
+    """Let an interrupt wait until the end of the block. In the middle of importing a C extension it would come out as an
+    ImportError, after the extension has printed a traceback of its own."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as under nohup
+        yield
+        return
     received: list[int] = []
-
-    def interrupt(number: int, frame: Any) -> None:
-        received.append(number)
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if received:
         raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as under nohup
-        signal.signal(signal.SIGINT, interrupt)
-    return received
 
 
 def _open_missing_streams() -> None:
@@ -194,7 +198,12 @@ def _read_prompt(options: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 
 def _load(options: argparse.Namespace) -> Model:
-    from cuqwen.api import load
+    with _hold_interrupts():
+        from cuqwen import launch
+        from cuqwen.api import load
+
+        if options.device != "cpu":
+            launch.has_gpu()  # imports CuPy
 
     show = sys.stderr.isatty() and not options.quiet
     bar: Any = None

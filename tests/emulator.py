@@ -114,11 +114,13 @@ def _compiler_version() -> str:
 def _flags() -> tuple[str, ...]:
     # Kernels read memory through other types (uint4 for eight bf16). No contraction: results must not depend on whether
     # this CPU has FMA, only speed may.
-    flags = ["-std=c++17", "-O2", "-fPIC", "-pthread", "-fno-strict-aliasing", "-ffp-contract=off", f"-I{HEADERS}"]
+    sanitizers = os.environ.get(SANITIZE)
+    # with sanitizers the time goes into compiling
+    flags = ["-std=c++17", "-O0" if sanitizers else "-O2", "-fPIC", "-pthread", "-fno-strict-aliasing", "-ffp-contract=off", f"-I{HEADERS}"]
     with contextlib.suppress(OSError):
         features = set(re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
         flags += [f"-m{feature}" for feature in ("fma", "avx2") if feature in features]
-    if sanitizers := os.environ.get(SANITIZE):
+    if sanitizers:
         flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g1", "-fno-omit-frame-pointer"]
     return tuple(flags)
 
