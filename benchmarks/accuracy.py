@@ -1,6 +1,6 @@
 """How right the logits are: cuqwen and transformers against the float64 truth, on one GPU.
 
-    python benchmarks/accuracy.py [--out FOLDER] [--only demo ordinary heavy] [--tokens 2000]
+    python -m benchmarks.accuracy [--output FILE] [--only demo ordinary heavy] [--tokens 2000]
 
 Teacher-forced, over held-out text for `demo` and over random ids for two random checkpoints of Qwen3-0.6B's shape, with
 ordinary K-norm gains and with heavy ones (up to 96.5 in every layer). For each it prints and records
@@ -16,14 +16,8 @@ cuqwen, and no network. `--device cpu` is a rehearsal without a GPU; its cache i
 """
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
-import json
 import math
-import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,12 +31,13 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 import checkpoints  # noqa: E402
 from truth import truth_logits  # noqa: E402
 
 import cuqwen  # noqa: E402
+from benchmarks.record import write_record  # noqa: E402
 
 CHECKPOINTS = ("demo", "ordinary", "heavy")
 DEMO_WINDOWS = 4
@@ -88,14 +83,6 @@ class Machine:
         if self.device == "cuda":
             torch.cuda.empty_cache()
             self.xp.get_default_memory_pool().free_all_blocks()
-
-    def describe(self) -> dict[str, str]:
-        if self.device == "cpu":
-            return {"gpu": "none", "driver": "none"}
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(query, check=True, capture_output=True, text=True).stdout
-        name, driver = answer.splitlines()[0].split(", ")
-        return {"gpu": name, "driver": driver}
 
 
 # --- contenders: (folder, windows, machine) -> logits [T, V] per window ----------------------------------------------
@@ -207,26 +194,73 @@ def prepare(name: str, n_tokens: int, scratch: Path) -> tuple[Path, list[np.ndar
     return folder, list(checkpoints.token_sequences(n_text_ids, 1, n_tokens))
 
 
-def commit() -> str:
-    """The commit that is measured: from the environment where the folder is no git checkout."""
-    if "CUQWEN_COMMIT" in os.environ:
-        return os.environ["CUQWEN_COMMIT"]
-    try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Accuracy of cuqwen and transformers against a float64 truth.")
+    parser.add_argument("--output", default="benchmarks/results/accuracy.json")
+    parser.add_argument("--only", nargs="+", choices=CHECKPOINTS, default=CHECKPOINTS, help="checkpoints to run")
+    parser.add_argument("--tokens", type=int, default=2000, help="tokens in a window (default 2000)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    return parser.parse_args()
 
 
-def versions() -> dict[str, str]:
-    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    wanted = ("torch", "transformers", "cupy-cuda13x", "cupy-cuda12x", "numpy")
-    return {name: found[name] for name in wanted if name in found} | {"cuqwen": cuqwen.__version__}
+def main() -> int:
+    arguments = parse_arguments()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    machine = Machine(arguments.device)
+    recorded: dict[str, Any] = {}
+    results = {}
+    for name, contender in CONTENDERS.items():
+        machine.free()
+        sums, seconds, start = np.zeros(5), 0.0, time.perf_counter()
+        for truth, logits in zip(truths, contender(folder, windows, machine), strict=True):
+            machine.synchronize()
+            seconds += time.perf_counter() - start
+            sums += compare(truth, logits, machine.xp)
+            start = time.perf_counter()
+        kl, same, error, size, positions = sums.tolist()
+        f = results[name] = Figures(kl / positions, same / positions, math.sqrt(error / size), seconds)
+        print(
+            f"  {name:22s}  KL {f.mean_kl:10.3e}   argmax {f.argmax_agreement:8.4%}   error {f.relative_error:10.3e}"
+            f"   {f.seconds:6.1f} s",
+            flush=True,
+        )
+    machine.free()
+    return results
+
+
+def gates(results: dict[str, dict[str, Figures]]) -> list[dict[str, Any]]:
+    """What is promised, with the figures that decide it."""
+    checks = []
+    for checkpoint, figures in results.items():
+        bf16, f32 = figures["transformers bfloat16"], figures["transformers float32"]
+        ours, ours_f32 = figures["cuqwen"], figures["cuqwen kv float32"]
+        if checkpoint != "heavy":
+            checks.append((checkpoint, "KL <= transformers bfloat16 / 10", ours.mean_kl, "<=", bf16.mean_kl / 10))
+            wanted = bf16.argmax_agreement
+            checks.append((checkpoint, "argmax >= transformers bfloat16", ours.argmax_agreement, ">=", wanted))
+        limit = 4 * f32.relative_error
+        checks.append((checkpoint, "kv float32: error <= 4 transformers float32", ours_f32.relative_error, "<=", limit))
+    keys = ("checkpoint", "gate", "got", "relation", "limit", "passed")
+    # a NaN on either side passes nothing
+    return [dict(zip(keys, (*c, c[2] <= c[4] if c[3] == "<=" else c[2] >= c[4]), strict=True)) for c in checks]
+
+
+# --- checkpoints and the record --------------------------------------------------------------------------------------
+
+
+def prepare(name: str, n_tokens: int, scratch: Path) -> tuple[Path, list[np.ndarray]]:
+    """The folder of a checkpoint, written to `scratch` if it is a random one, and the windows of token ids to run."""
+    if name == "demo":
+        return checkpoints.DEMO, list(checkpoints.heldout_sequences(DEMO_WINDOWS, n_tokens))
+    folder = checkpoints.write_0_6b(scratch / name, k_gains=name, seed=0)
+    n_text_ids = 151643  # of Qwen3's vocabulary, without special tokens and padding
+    return folder, list(checkpoints.token_sequences(n_text_ids, 1, n_tokens))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy of cuqwen and transformers against a float64 truth.")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON record")
+    parser.add_argument("--output", default="benchmarks/results/accuracy.json")
     parser.add_argument("--only", nargs="+", choices=CHECKPOINTS, default=CHECKPOINTS, help="checkpoints to run")
     parser.add_argument("--tokens", type=int, default=2000, help="tokens in a window (default 2000)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -254,19 +288,15 @@ def main() -> int:
             print(f"{name}: {n_tokens} tokens, made ready in {time.perf_counter() - start:.1f} s", flush=True)
             results[name] = measure(folder, windows, machine)
             figures = {contender: asdict(f) for contender, f in results[name].items()}
-            record["results"][name] = {"tokens": n_tokens, "window": arguments.tokens, "figures": figures}
+            recorded[name] = {"tokens": n_tokens, "window": arguments.tokens, "figures": figures}
 
-    record["gates"] = gates(results)
-    for gate in record["gates"]:
+    checked = gates(results)
+    for gate in checked:
         verdict = "passed" if gate["passed"] else "FAILED"
         figures = f"{gate['got']:.4g} {gate['relation']} {gate['limit']:.4g}"
         print(f"{verdict}  {gate['checkpoint']:9s} {gate['gate']}: {figures}")
-    gpu = re.sub(r"[^a-z0-9]+", "-", record["gpu"].lower().removeprefix("nvidia ")).strip("-")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"accuracy-{gpu}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {path}")
-    return 0 if all(gate["passed"] for gate in record["gates"]) else 1
+    write_record(arguments.output, {"results": recorded, "gates": checked})
+    return 0 if all(gate["passed"] for gate in checked) else 1
 
 
 if __name__ == "__main__":

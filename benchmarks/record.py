@@ -42,7 +42,8 @@ def machine() -> dict[str, Any]:
 def write_record(path: str | Path, figures: dict[str, Any]) -> None:
     """Write `figures` as JSON with what they were measured on."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    head = {**machine(), "date": now, "commit": commit(), "command": " ".join(["python", *sys.argv])}
+    command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    head = {**machine(), "date": now, "commit": commit(), "command": command}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps({**head, **figures}, indent=2) + "\n", encoding="utf-8")
     print(f"written to {path}")

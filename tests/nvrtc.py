@@ -138,7 +138,10 @@ def report(file: str, defines: launch.Defines, arch: str) -> tuple[dict[str, Res
     path = cache_folder() / f"{file}-sm{arch}-{key[:20]}.json"
     if not path.exists():
         compiled = compile(source, arch, defines, f"{file}.cu")
-        found = {"resources": {name: asdict(r) for name, r in compiled.resources.items()}, "warnings": compiled.warnings}
+        found = {
+            "resources": {name: asdict(r) for name, r in compiled.resources.items()},
+            "warnings": compiled.warnings,
+        }
         partial = path.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(found))
         partial.replace(path)
@@ -157,7 +160,7 @@ def report_all(architectures: tuple[str, ...] = ARCHITECTURES) -> Reports:
 
 
 def table(reports: Reports) -> dict[str, dict[str, list[int]]]:
-    """"file DEFINES entry" -> sm_NN -> [registers, static shared bytes], for the variants that stand for all: no f16 (its
+    """ "file DEFINES entry" -> sm_NN -> [registers, static shared bytes], for the variants that stand for all: no f16 (its
     code is bf16's but for the conversions), head size 128 where there is a choice."""
     rows: dict[str, dict[str, list[int]]] = {}
     for (file, defines, arch), (resources, _) in reports.items():

@@ -40,7 +40,9 @@ def test_resources_are_those_of_the_table(reports):
     assert set(now) == set(written["kernels"]), hint
     if nvrtc.version() != written["nvrtc"]:
         pytest.skip(f"the table is by NVRTC {written['nvrtc']}, this is {nvrtc.version()}")
-    assert {label: (written["kernels"][label], row) for label, row in now.items() if row != written["kernels"][label]} == {}, hint
+    assert {
+        label: (written["kernels"][label], row) for label, row in now.items() if row != written["kernels"][label]
+    } == {}, hint
 
 
 @needs_nvrtc
@@ -88,7 +90,9 @@ def test_spills_and_warnings_are_seen():
 
 def _entry_points(file):
     code = _code(launch.KERNEL_FOLDER / f"{file}.cu")
-    return set(re.findall(r'extern "C" __global__ void (?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(', code))
+    return set(
+        re.findall(r'extern "C" __global__ void (?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(', code)
+    )
 
 
 def _code(path):
@@ -120,5 +124,7 @@ def test_sources_keep_the_rules(path):
         assert "CUQWEN_CPU" not in code, "kernels are the same on CPU and GPU"
     assert "printf" not in code
     for include in re.findall(r"#\s*include\s*(\S+)", code):
-        assert include in ("<cuda_bf16.h>", "<cuda_fp16.h>", "<cuda_fp8.h>") or (path.parent / include.strip('"')).exists()
+        assert (
+            include in ("<cuda_bf16.h>", "<cuda_fp16.h>", "<cuda_fp8.h>") or (path.parent / include.strip('"')).exists()
+        )
         assert not any(name in include for name in FORBIDDEN)

@@ -1,5 +1,7 @@
 """The emulator that runs our kernels on the CPU: what it computes is CUDA, and what it is there to catch, it catches."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import nvrtc
 import pytest
 
-from cuqwen import launch
+from cuqwen import launch, ops, reference
 
 PLANTED = Path(__file__).parent / "planted"
 BF16 = ml_dtypes.bfloat16
@@ -31,7 +33,11 @@ def intrinsics(request):
         if request.param == "gpu":
             cupy = launch.cupy()
             function = launch.load_function(str(PLANTED / "intrinsics"), entry, ())
-            there = [cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in args]
+            # CuPy takes a structure as an array of one
+            there = [
+                cupy.asarray(a) if isinstance(a, np.ndarray) else np.array([a]) if isinstance(a, np.void) else a
+                for a in args
+            ]
             function(grid, block, tuple(there), shared_bytes)
             for here, result in zip(args, there, strict=True):
                 if isinstance(here, np.ndarray):
@@ -51,7 +57,9 @@ def planted(file, entry):
 # ---- it is CUDA ----
 
 
-@pytest.mark.parametrize("argument, width", [(0, 32), (1, 32), (5, 32), (16, 32), (31, 32), (1, 8), (3, 4), (2, 16), (7, 8)])
+@pytest.mark.parametrize(
+    "argument, width", [(0, 32), (1, 32), (5, 32), (16, 32), (31, 32), (1, 8), (3, 4), (2, 16), (7, 8)]
+)
 def test_shuffles(intrinsics, rng, argument, width):
     x = rng.integers(-1000, 1000, 32).astype(np.int32)
     out = np.zeros((10, 32), np.int32)
@@ -126,7 +134,9 @@ def awkward_floats(rng):
     near = np.concatenate([bits - 1, bits, bits + 1]).astype(np.uint32).view(np.float32)
     random = rng.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
     in_half_range = (rng.standard_normal(200_000) * 2.0 ** rng.integers(-28, 17, 200_000)).astype(np.float32)
-    special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.996, 65520, 2**-24, 2**-25, 3 * 2**-26, 1e-45], np.float32)
+    special = np.array(
+        [0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.996, 65520, 2**-24, 2**-25, 3 * 2**-26, 1e-45], np.float32
+    )
     half = (np.arange(2048, dtype=np.float64) * 2.0**-25).astype(np.float32)  # subnormal halves and their midpoints
     return np.concatenate([exact, near, random, in_half_range, special, half, -half])
 
@@ -257,7 +267,10 @@ PLACE = r"\(\S+/planted/barriers\.cu:\d+\)"
 FAULTY_BARRIERS = {  # threads of a block, the report
     "barrier_after_return": (64, f"__syncthreads {PLACE}, which every thread of a block must reach"),
     "barrier_in_branch": (64, f"wait at different barriers: __syncthreads {PLACE} and __syncthreads {PLACE}"),
-    "shuffle_in_branch": (64, rf"deadlock: (?=.*62 more wait at __syncthreads {PLACE}).*thread \(32,0,0\) waits at __shfl_xor_sync {PLACE}"),
+    "shuffle_in_branch": (
+        64,
+        rf"deadlock: (?=.*62 more wait at __syncthreads {PLACE}).*thread \(32,0,0\) waits at __shfl_xor_sync {PLACE}",
+    ),
     "wrong_mask": (32, f"__shfl_xor_sync {PLACE}: lane 31 is not in its own mask 0x7fffffff"),
 }
 
@@ -279,7 +292,9 @@ def test_lanes_that_are_not_there_read_as_nan():
 
 def test_waiting_for_ever_is_reported(monkeypatch):
     monkeypatch.setattr(emulator.settings, "patience", 0.2)
-    with pytest.raises(emulator.KernelError, match=r"nothing but polling for too long: .*__nanosleep \(\S*barriers.cu:\d+\)"):
+    with pytest.raises(
+        emulator.KernelError, match=r"nothing but polling for too long: .*__nanosleep \(\S*barriers.cu:\d+\)"
+    ):
         planted("barriers", "waits_for_ever")((1,), (32,), (np.zeros(1, np.int32),))
 
 
@@ -310,7 +325,9 @@ def test_a_write_past_an_array_is_noticed_in_its_red_zone():
         out = emulator.empty(shape, np.float32)
         assert np.isnan(out).all() and out.ctypes.data % emulator.ALIGNMENT == 0
         kernel((2,), (32,), (out, np.int32(39)))
-        with pytest.raises(emulator.KernelError, match="argument 0: something was written just after an array of 160 bytes"):
+        with pytest.raises(
+            emulator.KernelError, match="argument 0: something was written just after an array of 160 bytes"
+        ):
             kernel((2,), (32,), (out, np.int32(40)))
 
 
@@ -372,6 +389,15 @@ call("intrinsics", "barriers")((5,), (96,), (np.zeros(480, np.float32), np.zeros
     assert done.returncode == 0 and "survived" in done.stdout, done.stderr
 
 
+def test_all_operations_under_the_sanitizers():
+    """The tests of the operations on the emulated GPU once more, with every kernel built to stop at a bad access."""
+    built = emulator.sanitized("-c", "import emulator; emulator.build_all()")
+    assert built.returncode == 0, built.stderr
+    tests = Path(__file__).parent / "test_ops.py"
+    done = emulator.sanitized("-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-k", "emulated", str(tests))
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
 # ---- it refuses what a GPU would misread ----
 
 
@@ -426,8 +452,6 @@ def test_unknown_entry_points_and_constants():
 
 
 def test_the_packages_gpu_path_runs_on_numpy_arrays(emulated_gpu, rng):
-    from cuqwen import ops, reference
-
     assert emulated_gpu.orders == emulator.ORDERS
     x, w = rng.standard_normal((3, 40)).astype(np.float32), rng.standard_normal(40).astype(np.float32)
     out = ops.rmsnorm(launch.upload(x), launch.upload(w))
@@ -436,9 +460,6 @@ def test_the_packages_gpu_path_runs_on_numpy_arrays(emulated_gpu, rng):
 
 
 def test_compiling_in_two_processes_at_once(tmp_path):
-    import os
-    import subprocess
-
     code = f"import emulator; emulator.load_function({str(PLANTED / 'memory')!r}, 'misaligned'); print('loaded')"
     environment = {
         **os.environ,
@@ -446,7 +467,8 @@ def test_compiling_in_two_processes_at_once(tmp_path):
         "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}",
     }
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     assert [p.communicate(timeout=120)[0] for p in processes] == ["loaded\n", "loaded\n"]
     assert not list(tmp_path.rglob("*.partial")) and len(list(tmp_path.rglob("*.so"))) == 2

@@ -10,5 +10,6 @@ for tool in memcheck racecheck synccheck; do
         python3 -m pytest -m gpu -q -p no:cacheprovider tests/test_ops.py tests/test_model.py \
         -k "gpu and not real_sizes and not hundred and not types and not capture and not wait" || exit 1
 done
-python3 benchmarks/accuracy.py --out "$out" || exit 1
+python3 -m benchmarks.accuracy --output "$out/accuracy.json" || exit 1
 python3 -m benchmarks.ops --output "$out/ops.json"
+python3 -m benchmarks.generate --output "$out/generate.json"
