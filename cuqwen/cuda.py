@@ -86,7 +86,9 @@ def matmul(x: Array, weight: Array, *, residual: Array | None = None, out: Array
     if rows and outputs:
         args = (out, x, weight, residual, np.int32(rows), np.int32(outputs), np.int32(width))
         if rows <= FEW_ROWS:
-            _run("matmul", "matmul_row", {"W_TYPE": weight}, (_blocks(outputs, 8), rows), 256, args)
+            parts = 4 if outputs <= 2048 else 2 if outputs <= 4096 else 1
+            grid = (_blocks(outputs * parts, 8), rows)
+            _run("matmul", "matmul_row", {"W_TYPE": weight}, grid, 256, (*args, np.int32(parts)))
         else:
             _run("matmul", "matmul_tile", {"W_TYPE": weight}, (_blocks(outputs, 64), _blocks(rows, 64)), 256, args)
     return out
@@ -101,6 +103,7 @@ def qkv_rope(
     sin: Array,
     positions: Array,
     *,
+    rows: Array | None = None,
     q_bias: Array | None = None,
     k_bias: Array | None = None,
     v_bias: Array | None = None,
@@ -122,10 +125,11 @@ def qkv_rope(
     if tokens:
         types = {"W_TYPE": q_proj, "K_TYPE": k, "V_TYPE": v, "HEAD_DIM": str(dim)}
         vectors = map(_float32, (q_bias, k_bias, v_bias, q_norm, k_norm))
-        sizes = map(np.int32, (tokens, heads, kv_heads, width, len(cos)))
-        args = (q, k, v, q_ms, k_ms, x, q_proj, k_proj, v_proj, *vectors, cos, sin, positions, *sizes)
+        sizes = map(np.int32, (tokens, heads, kv_heads, width, len(cos), len(v)))
+        targets = (None if array is None else rows for array in out[1:3])  # only what the caller named has such rows
+        args = (q, k, v, q_ms, k_ms, x, q_proj, k_proj, v_proj, *vectors, cos, sin, positions, *targets, *sizes)
         if tokens <= FEW_ROWS:
-            _run("qkv_rope", "qkv_rope_row", types, (tokens, heads + 2 * kv_heads), 256, args)
+            _run("qkv_rope", "qkv_rope_row", types, (tokens, heads + 2 * kv_heads), 1024, args)
         else:
             _run("qkv_rope", "qkv_rope_tile", types, (_blocks(tokens, 32), heads + 2 * kv_heads), 2 * dim, args)
     return q, k, v, q_ms, k_ms
@@ -138,13 +142,15 @@ def qk_norm(
     k_ms: Array,
     eps: float = 1e-6,
     *,
+    rows: Array | None = None,
     out: tuple[Array | None, Array | None] = (None, None),
 ) -> tuple[Array, Array]:
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     q_out, k_out = _allocate(out[0], q.shape), _allocate(out[1], k.shape)
     if tokens:
-        args = (q_out, k_out, q, k, q_ms, k_ms, *map(np.int32, (heads, kv_heads, dim)), np.float32(eps))
+        sizes = map(np.int32, (heads, kv_heads, dim, len(k_out)))
+        args = (q_out, k_out, q, k, q_ms, k_ms, rows, *sizes, np.float32(eps))
         _run("qk_norm", "qk_norm", {"K_TYPE": k_out}, (tokens, heads + kv_heads), 128, args)
     return q_out, k_out
 

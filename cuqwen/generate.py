@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cuqwen import launch
+from cuqwen.decode import Decoder
 from cuqwen.model import Qwen3
 from cuqwen.sampling import Sampler, Sampling
 from cuqwen.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ def generate_steps(
     """
     cache = model.new_cache(len(prompt) + max_tokens)
     sampler = Sampler(sampling, prompt, tokenizer.n_ids)
-    stream, stops = tokenizer.stream(), StopStrings(stop)
+    stream, stops, decoder = tokenizer.stream(), StopStrings(stop), Decoder(model, cache)
     logits = _read_prompt(model, prompt, cache)
     for count in range(1, max_tokens + 1):
         token, ids = _choose(model, logits, sampler, tokenizer.n_ids)
@@ -91,7 +92,7 @@ def generate_steps(
             yield Step(text, token, "stop" if ended or stopped else "length")
             return
         yield Step(text, token)
-        logits = model.forward(ids, cache)
+        logits = decoder.step(ids)
 
 
 def _read_prompt(model: Qwen3, prompt: Sequence[int], cache: Any) -> Any:

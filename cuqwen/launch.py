@@ -128,6 +128,33 @@ def is_gpu_array(array: Any) -> bool:
     return type(array).__module__.partition(".")[0] == "cupy"
 
 
+def copy(target: Any, source: Any) -> None:
+    """Copy a contiguous GPU array into another one of the same size, on the current stream."""
+    target.data.copy_from_device_async(source.data, target.nbytes)
+
+
+def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Record the launches of `work` as a CUDA graph. Returns (launch the graph on the current stream, what `work` returned).
+
+    `work` must not wait for the GPU and must have run before, so that its kernels are compiled. It is not executed here.
+    Its temporary arrays come from a memory pool of the graph's own, which nothing else can hand out again; the launcher
+    keeps it, and all arrays that it has handed out keep it too.
+    """
+    cp = cupy()
+    pool, stream = cp.cuda.MemoryPool(), cp.cuda.Stream(non_blocking=True)
+    with cp.cuda.using_allocator(pool.malloc), stream:
+        stream.begin_capture()
+        try:
+            result = work()
+        finally:
+            graph = stream.end_capture()
+
+    def launch_graph(keep: Any = pool) -> None:
+        graph.launch(cp.cuda.get_current_stream())
+
+    return launch_graph, result
+
+
 def free_bytes() -> int:
     """GPU memory that can still be allocated, CuPy's own idle blocks included."""
     cp = cupy()

@@ -80,22 +80,27 @@ class Qwen3:
         scores the token after ids[t]. `cache.length` grows by T when all is done, so that a call that raises leaves the
         sequence as it was. Raises ValueError if the cache cannot hold T more tokens.
         """
-        ops, weights, eps = self.device.operations, self.weights, self.config.rms_norm_eps
         start, stop = cache.length, cache.length + len(ids)
         if stop > cache.capacity:
             raise ValueError(f"forward: ids: wanted at most {cache.capacity - start} more tokens, got {len(ids)}")
-        positions = self.positions[start:stop]
+        logits = self.step(ids, self.positions[start:stop], cache, rows)
+        cache.length = stop
+        return logits
+
+    def step(self, ids: Array, positions: Array, cache: KVCache, rows: int = 1) -> Array:
+        """What `forward` does, for tokens at `positions` [T] int32, given as an array on the device: nothing here depends
+        on their values, so that the launches of one token can be recorded and repeated."""
+        ops, weights, eps = self.device.operations, self.weights, self.config.rms_norm_eps
         x = ops.embed(ids, weights.embed_tokens)
         for index, layer in enumerate(weights.layers):
             keys, values = cache.layer(index)
             h = ops.rmsnorm(x, layer.input_layernorm, eps)
-            q = self._append(h, layer, positions, keys[start:stop], values[start:stop])
-            h = ops.attention(q, keys[:stop], values[:stop], positions, out=q)
+            q = self._append(h, layer, positions, keys, values)
+            h = ops.attention(q, keys, values, positions, out=q)
             x = ops.matmul(h.reshape(len(ids), -1), layer.o_proj, residual=x, out=x)
             h = ops.rmsnorm(x, layer.post_attention_layernorm, eps)
             gate, up = ops.matmul(h, layer.gate_proj), ops.matmul(h, layer.up_proj)
             x = ops.matmul(ops.silu_mul(gate, up, out=gate), layer.down_proj, residual=x, out=x)
-        cache.length = stop
         x = ops.rmsnorm(x[len(ids) - rows :], weights.norm, eps)
         return ops.matmul(x, weights.lm_head)
 
@@ -104,12 +109,12 @@ class Qwen3:
         ops = self.device.operations
         normed = layer.q_norm is not None  # then k stays float32 until its norm is done
         q, k, _, q_ms, k_ms = ops.qkv_rope(
-            h, layer.q_proj, layer.k_proj, layer.v_proj, self.cos, self.sin, positions,
+            h, layer.q_proj, layer.k_proj, layer.v_proj, self.cos, self.sin, positions, rows=positions,
             q_bias=layer.q_bias, k_bias=layer.k_bias, v_bias=layer.v_bias, q_norm=layer.q_norm, k_norm=layer.k_norm,
             out=(None, None if normed else keys, values, None, None),
         )  # fmt: skip
         if normed:
-            q, _ = ops.qk_norm(q, k, q_ms, k_ms, self.config.rms_norm_eps, out=(q, keys))
+            q, _ = ops.qk_norm(q, k, q_ms, k_ms, self.config.rms_norm_eps, rows=positions, out=(q, keys))
         return q
 
     def read_bytes_per_token(self, context: int) -> int:

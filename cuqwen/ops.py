@@ -95,6 +95,19 @@ class _Check:
         if out.shape != shape:
             raise ValueError(f"{self.operation}: {name}: wanted shape {list(shape)}, got {list(out.shape)}")
 
+    def rows(self, name: str, out: Array | None, rows: Array | None, shape: tuple[int, ...]) -> None:
+        """Check where k or v is to go: an array of `shape`, or with `rows` one of any number of rows."""
+        if rows is not None:
+            self.array("rows", rows, "T", INTEGERS)
+            if out is None:
+                return
+            self.array(name, out, "S K D", FLOATS)
+            shape = (len(out), *shape[1:])
+            if self.backend is reference and rows.size and not (rows.min() >= 0 and rows.max() < len(out)):
+                got = f"{rows.min()}..{rows.max()}"
+                raise ValueError(f"{self.operation}: rows: wanted 0..{len(out) - 1}, the rows of {name}, got {got}")
+        self.out(name, out, shape, FLOATS)
+
     def positive(self, letter: str, name: str) -> None:
         if self.sizes[letter] < 1:
             raise ValueError(f"{self.operation}: {name}: wanted at least one element in its last axis, got 0")
@@ -177,6 +190,7 @@ def qkv_rope(
     sin: Array,
     positions: Array,
     *,
+    rows: Array | None = None,
     q_bias: Array | None = None,
     k_bias: Array | None = None,
     v_bias: Array | None = None,
@@ -193,7 +207,8 @@ def qkv_rope(
     Returns (q [T, H, D], k [T, K, D], v [T, K, D], q_ms [T, H], k_ms [T, K]), float32. q and k are multiplied by their gains
     and rotated, but not divided by their root mean square: `q_ms` and `k_ms` are the mean squares before the gain, and
     `qk_norm` does the rest. That is exact, because a rotation keeps the sum of squares and a scalar commutes with it.
-    `out` may name any of the five; k and v may be rounded to bf16 or f16 there, for instance rows of a cache.
+    `out` may name any of the five; k and v may be rounded to bf16 or f16 there. With `rows` [T], integers in 0..S-1, k and
+    v of token t go to row rows[t] of what `out` names, which is then [S, K, D]: the keys and values of a cache.
 
     >>> import numpy as np
     >>> one, x = np.ones((2, 2), np.float32), np.array([[1.0, 2.0]], np.float32)
@@ -213,10 +228,10 @@ def qkv_rope(
     dim = 2 * check.sizes["D/2"]
     check.sizes["D"] = dim
     check.positive("C", "x")
-    for name, rows in (("q_proj", check.sizes["HD"]), ("k_proj", check.sizes["KD"])):
-        if dim == 0 or rows == 0 or rows % dim:
+    for name, height in (("q_proj", check.sizes["HD"]), ("k_proj", check.sizes["KD"])):
+        if dim == 0 or height == 0 or height % dim:
             raise ValueError(
-                f"qkv_rope: {name}: wanted a multiple of D = {dim} rows (twice the width of cos), got {rows}"
+                f"qkv_rope: {name}: wanted a multiple of D = {dim} rows (twice the width of cos), got {height}"
             )
     if check.backend is cuda and (dim % 4 or dim > cuda.MAX_HEAD_DIM):
         raise ValueError(f"qkv_rope: D: wanted a multiple of 4 up to {cuda.MAX_HEAD_DIM} on the GPU, got {dim}")
@@ -229,12 +244,12 @@ def qkv_rope(
         raise ValueError(f"qkv_rope: out: wanted five arrays or None (q, k, v, q_ms, k_ms), got {len(out)}")
     tokens, heads, kv_heads = len(x), len(q_proj) // dim, len(k_proj) // dim
     check.out("out[0] (q)", out[0], (tokens, heads, dim), F32)
-    check.out("out[1] (k)", out[1], (tokens, kv_heads, dim), FLOATS)
-    check.out("out[2] (v)", out[2], (tokens, kv_heads, dim), FLOATS)
+    check.rows("out[1] (k)", out[1], rows, (tokens, kv_heads, dim))
+    check.rows("out[2] (v)", out[2], rows, (tokens, kv_heads, dim))
     check.out("out[3] (q_ms)", out[3], (tokens, heads), F32)
     check.out("out[4] (k_ms)", out[4], (tokens, kv_heads), F32)
     return check.backend.qkv_rope(
-        x, q_proj, k_proj, v_proj, cos, sin, positions,
+        x, q_proj, k_proj, v_proj, cos, sin, positions, rows=rows,
         q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, q_norm=q_norm, k_norm=k_norm, out=out,
     )  # fmt: skip
 
@@ -246,12 +261,14 @@ def qk_norm(
     k_ms: Array,
     eps: float = 1e-6,
     *,
+    rows: Array | None = None,
     out: tuple[Array | None, Array | None] = (None, None),
 ) -> tuple[Array, Array]:
     """The scalar part of Qwen3's per-head normalisation: `q / sqrt(q_ms + eps)` and `k / sqrt(k_ms + eps)`.
 
     q [T, H, D], k [T, K, D], q_ms [T, H], k_ms [T, K], float32, as `qkv_rope` returns them; returns (q, k) float32.
-    `out` may name either; q in place, k also rounded to bf16 or f16, for instance rows of a cache.
+    `out` may name either; q in place, k also rounded to bf16 or f16. With `rows` [T], integers in 0..S-1, k of token t goes
+    to row rows[t] of out[1], which is then [S, K, D]: the keys of a cache.
 
     >>> import numpy as np
     >>> q = np.array([[[3.0, 4.0]]], np.float32)
@@ -266,9 +283,9 @@ def qk_norm(
     if len(out) != 2:
         raise ValueError(f"qk_norm: out: wanted two arrays or None (q, k), got {len(out)}")
     check.out("out[0] (q)", out[0], q.shape, F32)
-    check.out("out[1] (k)", out[1], k.shape, FLOATS)
+    check.rows("out[1] (k)", out[1], rows, k.shape)
     _check_eps("qk_norm", eps)
-    return check.backend.qk_norm(q, k, q_ms, k_ms, eps, out=out)
+    return check.backend.qk_norm(q, k, q_ms, k_ms, eps, rows=rows, out=out)
 
 
 def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Array | None = None) -> Array:

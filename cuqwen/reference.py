@@ -17,10 +17,10 @@ def _compute_dtype(x: Array) -> type:
     return np.float64 if x.dtype == np.float64 else np.float32
 
 
-def _store(value: Array, out: Array | None) -> Array:
+def _store(value: Array, out: Array | None, rows: Array | None = None) -> Array:
     if out is None:
         return value
-    out[...] = value.astype(out.dtype, copy=False)
+    out[... if rows is None else rows] = value.astype(out.dtype, copy=False)
     return out
 
 
@@ -65,6 +65,7 @@ def qkv_rope(
     sin: Array,
     positions: Array,
     *,
+    rows: Array | None = None,
     q_bias: Array | None = None,
     k_bias: Array | None = None,
     v_bias: Array | None = None,
@@ -95,7 +96,8 @@ def qkv_rope(
     q, k, v = heads(q_proj, q_bias), heads(k_proj, k_bias), heads(v_proj, v_bias)
     squares: list[Array] = [np.mean(np.square(a), axis=-1, dtype=dtype) for a in (q, k)]
     results = rotate(q, q_norm), rotate(k, k_norm), v, *squares
-    return tuple(_store(value, target) for value, target in zip(results, out, strict=True))
+    targets = zip(results, out, (None, rows, rows, None, None), strict=True)
+    return tuple(_store(value, target, at) for value, target, at in targets)
 
 
 def qk_norm(
@@ -105,11 +107,12 @@ def qk_norm(
     k_ms: Array,
     eps: float = 1e-6,
     *,
+    rows: Array | None = None,
     out: tuple[Array | None, Array | None] = (None, None),
 ) -> tuple[Array, Array]:
     dtype = _compute_dtype(q)
     q, k = (a / np.sqrt(ms + dtype(eps))[..., None] for a, ms in ((q, q_ms), (k, k_ms)))
-    return _store(q, out[0]), _store(k, out[1])
+    return _store(q, out[0]), _store(k, out[1], rows)
 
 
 def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Array | None = None) -> Array:

@@ -3,16 +3,17 @@
 #pragma once
 #include "common.cuh"
 
-// x[0..C) · w[0..C), float32 products and sums; every lane of the warp gets the result.
-// Lane l takes elements 8 l + 256 i, so a warp reads 512 contiguous bytes of bf16 weights a step. `wide` says that
-// both rows are 16-byte aligned and C is a multiple of 8.
+// One of `parts` equal shares of x[0..C) · w[0..C), float32 products and sums; every lane of the warp gets the result.
+// Lane l of part p takes elements 8 l + 256 (p + parts i), so a warp reads 512 contiguous bytes of bf16 weights a step.
+// `wide` says that both rows are 16-byte aligned and C is a multiple of 8.
 template <class W>
-__device__ __forceinline__ float warp_dot(const float* __restrict__ x, const W* __restrict__ w, int C, bool wide) {
+__device__ __forceinline__ float warp_dot(const float* __restrict__ x, const W* __restrict__ w, int C, bool wide, int part = 0,
+                                          int parts = 1) {
     const int lane = threadIdx.x % 32;
     float sum = 0.0f;
     if (wide) {
-#pragma unroll(sizeof(W) == 2 ? 4 : 2)  // 4 with float32 weights spills in qkv_rope_row on sm_90
-        for (int c = 8 * lane; c < C; c += 256) {
+#pragma unroll(sizeof(W) == 2 ? 4 : 2)  // with float32 weights even 2 spills in qkv_rope_row on sm_90
+        for (int c = 8 * lane + 256 * part; c < C; c += 256 * parts) {
             float a[8], b[8];
             load8(x + c, a);
             load8(w + c, b);
@@ -20,7 +21,7 @@ __device__ __forceinline__ float warp_dot(const float* __restrict__ x, const W* 
             for (int i = 0; i < 8; i++) sum = fmaf(a[i], b[i], sum);
         }
     } else {
-        for (int c = lane; c < C; c += 32) sum = fmaf(x[c], to_float(w[c]), sum);
+        for (int c = lane + 32 * part; c < C; c += 32 * parts) sum = fmaf(x[c], to_float(w[c]), sum);
     }
     return warp_sum(sum);
 }

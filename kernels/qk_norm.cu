@@ -5,10 +5,12 @@
 //
 // Entry point  qk_norm                always
 // Arguments    q_out  [T, H, D]  float32; may be q
-//              k_out  [T, K, D]  K_TYPE, for instance rows of the cache; may be k where K_TYPE is f32
+//              k_out  [T, K, D]  K_TYPE; may be k where K_TYPE is f32. With rows: [S, K, D], the keys of a cache
 //              q      [T, H, D]  float32, rotated and gained;      k     [T, K, D]  float32, likewise
 //              q_ms   [T, H]     float32, mean square of the un-gained head;  k_ms  [T, K]  float32, likewise
-//              H, K, D           int32
+//              rows   [T]        int32, or null: k of token t goes to row rows[t] of k_out instead of row t; one outside
+//                                0..S-1 is not stored
+//              H, K, D, S        int32
 //              eps               float32
 // Constants    K_TYPE            bf16 | f16 | f32
 // Work         block = one head of one token, 128 threads; grid (T, H + K); no shared memory
@@ -21,14 +23,17 @@
 
 extern "C" __global__ void __launch_bounds__(128)
 qk_norm(float* q_out, K_TYPE* k_out, const float* q, const float* k, const float* __restrict__ q_ms,
-        const float* __restrict__ k_ms, int H, int K, int D, float eps) {
+        const float* __restrict__ k_ms, const int* __restrict__ rows, int H, int K, int D, int S, float eps) {
     const int t = blockIdx.x, h = blockIdx.y;
     const bool is_q = h < H;
     const size_t head = is_q ? (size_t)t * H + h : (size_t)t * K + h - H;
+    const int row = rows ? rows[t] : t;
+    const size_t k_head = (size_t)row * K + h - H;
+    if (!is_q && rows && (row < 0 || row >= S)) return;
     const float scale = 1.0f / sqrtf((is_q ? q_ms : k_ms)[head] + eps);
     for (int d = threadIdx.x; d < D; d += blockDim.x) {
         const size_t at = head * D + d;
         if (is_q) q_out[at] = q[at] * scale;
-        else store(k_out + at, k[at] * scale);
+        else store(k_out + k_head * D + d, k[at] * scale);
     }
 }

@@ -20,9 +20,11 @@
 //              q_norm, k_norm     [D]                     float32 gains, or null
 //              cos, sin [P, D/2]  float32
 //              positions [T]      int32; one outside 0..P-1 gives NaN, nothing is read out of bounds
-//              T, H, K, C, P      int32
+//              k_rows, v_rows [T] int32, or null: k (v) of token t goes to row rows[t] of [S, K, D] instead of row t; one
+//                                 outside 0..S-1 is not stored
+//              T, H, K, C, P, S   int32
 // Constants    W_TYPE, K_TYPE, V_TYPE  bf16 | f16 | f32      HEAD_DIM  D, a multiple of 4 from 4 to 256
-// Work         qkv_rope_row:  256 threads, 4 D + 128 bytes of shared memory; grid (T, H + 2 K)
+// Work         qkv_rope_row:  1024 threads (there are few heads, so each block has to keep many loads in flight), 4 D + 128 bytes of shared memory; grid (T, H + 2 K)
 //              qkv_rope_tile: 2 D threads, 4 x 4 products each; about 0.25 KB x D of shared memory; grid (ceil(T/32), H + 2 K)
 // Precision    products, sums, bias, gain, rotation in float32; one rounding, where k and v are stored narrower
 // Error bound  row: (C/32 + 12) eps32, tile: (C + 6) eps32, times sum_c |x w| times the gain
@@ -38,6 +40,7 @@ constexpr int D = HEAD_DIM;
 struct Head {
     const W_TYPE* proj;
     const float *bias, *gain;
+    const int* rows;
     float* ms;
     int heads, index;
     bool rotated;
@@ -45,11 +48,12 @@ struct Head {
 
 __device__ __forceinline__ Head find_head(const W_TYPE* q_proj, const W_TYPE* k_proj, const W_TYPE* v_proj,
                                           const float* q_bias, const float* k_bias, const float* v_bias,
-                                          const float* q_norm, const float* k_norm, float* q_ms, float* k_ms, int H, int K) {
+                                          const float* q_norm, const float* k_norm, const int* k_rows, const int* v_rows,
+                                          float* q_ms, float* k_ms, int H, int K) {
     const int h = blockIdx.y;
-    if (h < H) return {q_proj, q_bias, q_norm, q_ms, H, h, true};
-    if (h < H + K) return {k_proj, k_bias, k_norm, k_ms, K, h - H, true};
-    return {v_proj, v_bias, nullptr, nullptr, K, h - H - K, false};
+    if (h < H) return {q_proj, q_bias, q_norm, nullptr, q_ms, H, h, true};
+    if (h < H + K) return {k_proj, k_bias, k_norm, k_rows, k_ms, K, h - H, true};
+    return {v_proj, v_bias, nullptr, v_rows, nullptr, K, h - H - K, false};
 }
 
 __device__ __forceinline__ void rotate(float& low, float& high, int d, int position, const float* __restrict__ cos,
@@ -68,22 +72,26 @@ __device__ __forceinline__ void rotate(float& low, float& high, int d, int posit
         const W_TYPE *__restrict__ k_proj, const W_TYPE *__restrict__ v_proj, const float *__restrict__ q_bias,           \
         const float *__restrict__ k_bias, const float *__restrict__ v_bias, const float *__restrict__ q_norm,             \
         const float *__restrict__ k_norm, const float *__restrict__ cos, const float *__restrict__ sin,                   \
-        const int *__restrict__ positions, int T, int H, int K, int C, int P
+        const int *__restrict__ positions, const int *__restrict__ k_rows,                   \
+        const int *__restrict__ v_rows, int T, int H, int K, int C, int P, int S
 
+// Where element d of this block's head goes for token t: q by token, k and v by the row that `rows` names.
 #define STORE(t, d, value)                                                    \
     do {                                                                      \
-        const size_t at = ((size_t)(t) * head.heads + head.index) * D + (d); \
+        const int row = head.rows ? head.rows[t] : (t);                       \
+        const size_t at = ((size_t)row * head.heads + head.index) * D + (d);  \
+        if (head.rows && (row < 0 || row >= S)) break;                        \
         if (blockIdx.y < H) q[at] = (value);                                  \
         else if (blockIdx.y < H + K) store(k + at, (value));                  \
         else store(v + at, (value));                                          \
     } while (0)
 
-extern "C" __global__ void __launch_bounds__(256) qkv_rope_row(PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(1024, 1) qkv_rope_row(PARAMETERS) {
     __shared__ float a[D], scratch[32];
-    const Head head = find_head(q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, q_ms, k_ms, H, K);
+    const Head head = find_head(q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, k_rows, v_rows, q_ms, k_ms, H, K);
     const int t = blockIdx.x, row = head.index * D;
     const bool wide = C % 8 == 0 && ((size_t)x | (size_t)head.proj) % 16 == 0;
-    for (int d = threadIdx.x / 32; d < D; d += 8) {
+    for (int d = threadIdx.x / 32; d < D; d += 32) {
         const float sum = warp_dot(x + (size_t)t * C, head.proj + (size_t)(row + d) * C, C, wide);
         if (threadIdx.x % 32 == 0) a[d] = head.bias ? sum + head.bias[row + d] : sum;
     }
@@ -106,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(256) qkv_rope_row(PARAMETERS) {
 extern "C" __global__ void __launch_bounds__(2 * D) qkv_rope_tile(PARAMETERS) {
     constexpr int ROWS = 32, QUARTER = D / 4;
     __shared__ float partial[ROWS][QUARTER];
-    const Head head = find_head(q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, q_ms, k_ms, H, K);
+    const Head head = find_head(q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, k_rows, v_rows, q_ms, k_ms, H, K);
     const int row0 = blockIdx.x * ROWS, tx = threadIdx.x % QUARTER, ty = threadIdx.x / QUARTER;
     float acc[4][4];  // rows ty + 8 i, elements tx + D/4 j: j and j + 2 are a rotation pair
     tile_product<ROWS, D>(x, head.proj, T, head.heads * D, C, row0, head.index * D, acc);

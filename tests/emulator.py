@@ -13,30 +13,26 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
-import re
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda_cpu import build
+from cuda_cpu.build import SANITIZE, available, unavailable_reason
 
 from cuqwen import cuda, launch, ops
 
-HEADERS = Path(__file__).parent / "cuda_cpu"
 ORDERS = ("ascending", "descending", "shuffled")
-SANITIZE = "CUQWEN_SANITIZE"  # environment variable: the value of -fsanitize, see `sanitized`
 RED_ZONE = 4096  # bytes on either side of an array that nobody may write
 ALIGNMENT = 256  # of an array's first byte, as cudaMalloc has it
+MAX_SHARED = 227 << 10  # bytes a block on sm_90
 LIMITS = ((2**31 - 1, 65535, 65535), (1024, 1024, 64))  # the largest grid and block
 
 
@@ -65,154 +61,7 @@ def orders(*names: str) -> Iterator[None]:
         settings.orders = before
 
 
-# ---- the compiler ----
-
-
-@functools.cache
-def compiler() -> tuple[str, ...]:
-    """The C++ compiler's command, () if there is none."""
-    for command in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
-        words = tuple(shlex.split(command))
-        if shutil.which(words[0]):
-            return words
-    zig = subprocess.run([sys.executable, "-m", "ziglang", "version"], capture_output=True, check=False)
-    return (sys.executable, "-m", "ziglang", "c++") if zig.returncode == 0 else ()
-
-
-def available() -> bool:
-    return not unavailable_reason()
-
-
-def unavailable_reason() -> str:
-    """Why no kernel can run on this CPU; "" if they can."""
-    if sys.platform != "linux":
-        return f"kernels run on the CPU under Linux only, this is {sys.platform}"
-    return "" if compiler() else "no C++ compiler: install g++ or clang++, or `pip install ziglang`, or set CXX"
-
-
 needs_emulator = pytest.mark.skipif(not available(), reason=unavailable_reason())
-
-
-def _compile_environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # the compiler itself needs no sanitizer
-
-
-def _run(*command: str, text: str | None = None) -> str:
-    done = subprocess.run(
-        command, input=text, capture_output=True, text=True, check=False, env=_compile_environment(), encoding="utf-8"
-    )
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
-    return done.stdout
-
-
-@functools.cache
-def _compiler_version() -> str:
-    return _run(*compiler(), "--version")
-
-
-@functools.cache
-def _flags() -> tuple[str, ...]:
-    # Kernels read memory through other types (uint4 for eight bf16). No contraction: results must not depend on whether
-    # this CPU has FMA, only speed may.
-    sanitizers = os.environ.get(SANITIZE)
-    # with sanitizers the time goes into compiling
-    flags = [
-        "-std=c++17",
-        "-O0" if sanitizers else "-O2",
-        "-fPIC",
-        "-pthread",
-        "-fno-strict-aliasing",
-        "-ffp-contract=off",
-        f"-I{HEADERS}",
-    ]
-    with contextlib.suppress(OSError):
-        features = set(re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
-        flags += [f"-m{feature}" for feature in ("fma", "avx2") if feature in features]
-    if sanitizers:
-        flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g1", "-fno-omit-frame-pointer"]
-    return tuple(flags)
-
-
-@functools.cache
-def cache_folder() -> Path:
-    """Where compiled kernels are kept, by the hash of all that went into them."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("CUQWEN_TEST_CACHE") or Path(home) / "cuqwen-tests")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="cuqwen-tests-"))
-    return folder
-
-
-def _build(
-    name: str, text: Callable[[], str], key: str, flags: tuple[str, ...] = (), link: tuple[str, ...] = ()
-) -> Path:
-    """Compile C++ `text` into a shared library; again only if something changed. Safe when two processes race."""
-    headers = [path.read_text() for path in sorted(HEADERS.iterdir())]
-    what = [_compiler_version(), *compiler(), *_flags(), *flags, *link, *headers, key]
-    path = cache_folder() / f"{name}-{hashlib.sha256(chr(0).join(what).encode()).hexdigest()[:20]}.so"
-    if not path.exists():
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            output = ("-shared", "-o", str(partial))
-            # -x none: what follows the source on stdin are libraries again
-            _run(*compiler(), *_flags(), *flags, *output, "-x", "c++", "-", "-x", "none", *link, text=text())
-            partial.replace(path)  # atomic: a reader sees all of it or nothing
-        finally:
-            partial.unlink(missing_ok=True)
-    return path
-
-
-@functools.cache
-def _runtime() -> Path:
-    text = (HEADERS / "runtime.cpp").read_text()
-    # The scheduler itself is not instrumented: AddressSanitizer would take the frames of functions that never return,
-    # because their fibre is done, for those of the stack's next user.
-    flags = ("-fno-sanitize=all",) if os.environ.get(SANITIZE) else ()
-    flags += ("-DEMU_ASAN",) if "address" in os.environ.get(SANITIZE, "") else ()
-    return _build("runtime", lambda: text, text, flags)
-
-
-# `extern "C" __global__ void __launch_bounds__(THREADS) name(`, after the preprocessor
-ENTRY = re.compile(
-    r'extern\s+"C"\s+__global__\s+(?:void\s+)?(?:__launch_bounds__\s*\(((?:[^()]|\([^()]*\))*)\)\s*)?(?:void\s+)?(\w+)\s*\('
-)
-
-
-def entries(text: str, defines: launch.Defines) -> list[tuple[str, str]]:
-    """The kernels that a source has under these constants, each with the arguments of its __launch_bounds__ or ""."""
-    own = re.sub(r"^\s*#include\s*<.*", "", text, flags=re.M)
-    options = [f"-D{name}={value}" for name, value in defines]
-    expanded = _run(*compiler(), "-E", "-P", "-DCUQWEN_CPU", *options, "-x", "c++", "-", text=own)
-    return [(name, bounds) for bounds, name in ENTRY.findall(expanded)]
-
-
-def source(file: str) -> str:
-    """The text of kernels/<file>.cu, or of <file>.cu for an absolute path; our headers pasted in."""
-    return launch.source(file.removesuffix(".cu")).replace('"kernels//', '"/')
-
-
-@functools.cache
-def _library(file: str, defines: launch.Defines) -> ctypes.CDLL:
-    text = source(file)
-    options = [f"-D{name}={value}" for name, value in defines]
-
-    def unit() -> str:
-        found = entries(text, defines)
-        kernels = [f"EMU_KERNEL({name}{', ' if bounds else ''}{bounds})" for name, bounds in found]
-        return "\n".join(['#include "cuda_cpu.h"', text, *kernels, ""])
-
-    flags = ("-fvisibility=hidden", "-Wno-unknown-pragmas", "-DCUQWEN_CPU", *options)
-    return ctypes.CDLL(str(_build(Path(file).stem, unit, text, flags, (str(_runtime()),))))
-
-
-def build_all() -> None:
-    """Compile every variant that the package may ask for, on all cores; afterwards `load_function` finds them."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda variant: _library(*variant), cuda.variants()))
 
 
 # ---- launching ----
@@ -258,15 +107,15 @@ def load_function(
     that the parameter cannot take, ValueError for a grid or block that a GPU refuses, KernelError for what goes wrong
     inside. With `cooperative` all blocks run at once and may wait for each other.
     """
-    library = _library(file, defines)
+    library = build.library(file, defines)
     try:
         describe = getattr(library, f"emu_kernel_{entry}")
     except AttributeError:
-        found = ", ".join(name for name, _ in entries(source(file), defines))
+        found = ", ".join(name for name, _ in build.entries(build.source(file), defines))
         raise ValueError(f'{file}: no entry point extern "C" __global__ {entry}; found {found}') from None
     describe.restype = ctypes.POINTER(_Kernel)
     kernel = describe().contents
-    launch_kernel = ctypes.CDLL(str(_runtime())).emu_launch
+    launch_kernel = ctypes.CDLL(str(build.runtime())).emu_launch
 
     def run(order: str, dims: ctypes.Array, shared_bytes: int, pointers: ctypes.Array) -> None:
         options = _Options(ORDERS.index(order), settings.seed, settings.workers, cooperative, settings.patience)
@@ -278,6 +127,8 @@ def load_function(
 
     def start(grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_bytes: int = 0) -> None:
         dims = _dimensions(entry, grid, block, kernel.max_threads)
+        if not 0 <= shared_bytes <= MAX_SHARED:
+            raise ValueError(f"{entry}: shared_bytes: wanted 0 to {MAX_SHARED}, got {shared_bytes}")
         keep = [_bytes_of(entry, i, arg, kernel) for i, arg in enumerate(_counted(entry, args, kernel))]
         pointers = (ctypes.c_void_p * (len(keep) + 1))(*map(ctypes.addressof, keep))
         written = {i: a for i, a in enumerate(args) if isinstance(a, np.ndarray) and not kernel.parameter[i].is_const}
@@ -437,8 +288,8 @@ def sanitized(
 
     A process of its own, because AddressSanitizer must be loaded before everything else and ends what it finds fault in.
     """
-    if "Free Software Foundation" not in _compiler_version():
-        pytest.skip(f"sanitizers need g++, not {shlex.join(compiler())}")
+    if "Free Software Foundation" not in build.compiler_version():
+        pytest.skip(f"sanitizers need g++, not {shlex.join(build.compiler())}")
     environment = {
         **os.environ,
         SANITIZE: sanitizers,
@@ -447,7 +298,7 @@ def sanitized(
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)]),
     }
     if "address" in sanitizers:
-        environment["LD_PRELOAD"] = _run(*compiler(), "-print-file-name=libasan.so").strip()
+        environment["LD_PRELOAD"] = build.run(*build.compiler(), "-print-file-name=libasan.so").strip()
         if not os.path.isabs(environment["LD_PRELOAD"]):
             pytest.skip("g++ comes without libasan.so here")
     return subprocess.run(

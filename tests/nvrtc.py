@@ -24,10 +24,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from cuda_cpu.build import cache_folder
+
 from cuqwen import cuda, launch
-from emulator import cache_folder
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+# CuPy's own, and ptxas's report in the log: two options and not one joined by a comma, of which NVRTC reads the first.
+OPTIONS = ("--std=c++17", "-ftz=true", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills")
 TABLE = Path(__file__).parent / "kernel_resources.json"
 
 
@@ -106,10 +109,8 @@ REPORT = re.compile(
 
 def compile(source: str, arch: str, defines: launch.Defines = (), name: str = "kernel.cu") -> Compiled:
     """CUDA source to machine code for sm_<arch>, with the options that CuPy uses. Raises CompileError with the log."""
-    options = ["--std=c++17", "-ftz=true", f"-I{_toolkit()[1]}" if _toolkit() else "", f"-arch=sm_{arch}"]
-    options += [f"-D{key}={value}" for key, value in defines]
-    # two options and not one joined by a comma: NVRTC takes only the first of a list
-    options += ["--ptxas-options=-v", "--ptxas-options=--warn-on-spills"]
+    options = [*OPTIONS, f"-arch=sm_{arch}", *(f"-D{key}={value}" for key, value in defines)]
+    options += [f"-I{toolkit[1]}" for toolkit in (_toolkit(),) if toolkit]
     program = ctypes.c_void_p()
     library = _library()
     library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
@@ -134,7 +135,7 @@ def report(file: str, defines: launch.Defines, arch: str) -> tuple[dict[str, Res
     """`compile` on a kernel of the package: its resources by entry point and its warnings, kept on disk by the hash of
     source, options and NVRTC's version, because ptxas takes up to half a second for each."""
     source = launch.source(file)
-    key = hashlib.sha256(repr((source, arch, defines, version(), Path(__file__).read_text())).encode()).hexdigest()
+    key = hashlib.sha256(repr((source, arch, defines, OPTIONS, version(), REPORT.pattern)).encode()).hexdigest()
     path = cache_folder() / f"{file}-sm{arch}-{key[:20]}.json"
     if not path.exists():
         compiled = compile(source, arch, defines, f"{file}.cu")

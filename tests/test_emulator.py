@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import nvrtc
 import pytest
+from cuda_cpu import build
 
 from cuqwen import launch, ops, reference
 
@@ -218,13 +219,14 @@ def test_blocks_may_wait_for_each_other_in_a_cooperative_launch(intrinsics):
 @pytest.mark.skipif(not nvrtc.available(), reason=nvrtc.unavailable_reason())
 @pytest.mark.parametrize("file", ["intrinsics", "barriers", "memory"])
 def test_the_kernels_here_are_cuda(file):
-    assert nvrtc.compile(emulator.source(str(PLANTED / file)), "90").resources
+    assert nvrtc.compile(build.source(str(PLANTED / file)), "90").resources
 
 
 def test_the_fallback_without_assembly(monkeypatch):
     """Other processors switch fibres by swapcontext; the same kernel, the same results."""
-    monkeypatch.setattr(emulator, "_flags", lambda flags=(*emulator._flags(), "-DEMU_UCONTEXT"): flags)
-    caches = (emulator._runtime, emulator._library, emulator.load_function)
+    flags = (*build.compile_flags(), "-DEMU_UCONTEXT")
+    monkeypatch.setattr(build, "compile_flags", lambda: flags)
+    caches = (build.runtime, build.library, emulator.load_function)
     for cache in caches:
         cache.cache_clear()
     try:
@@ -391,7 +393,7 @@ call("intrinsics", "barriers")((5,), (96,), (np.zeros(480, np.float32), np.zeros
 
 def test_all_operations_under_the_sanitizers():
     """The tests of the operations on the emulated GPU once more, with every kernel built to stop at a bad access."""
-    built = emulator.sanitized("-c", "import emulator; emulator.build_all()")
+    built = emulator.sanitized("-c", "from cuda_cpu import build; build.build_all()")
     assert built.returncode == 0, built.stderr
     tests = Path(__file__).parent / "test_ops.py"
     done = emulator.sanitized("-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-k", "emulated", str(tests))
@@ -442,7 +444,7 @@ def test_grids_and_blocks_are_refused_as_by_a_gpu():
 
 
 def test_unknown_entry_points_and_constants():
-    with pytest.raises(ValueError, match="no entry point .* nothing; found silu_mul"):
+    with pytest.raises(ValueError, match=r"no entry point .* nothing; found silu_mul"):
         emulator.load_function("silu_mul", "nothing")
     with pytest.raises(RuntimeError, match=r"kernels/embed.cu:\d+"):
         emulator.load_function("embed", "embed", (("TABLE_TYPE", "no_such_type"),))

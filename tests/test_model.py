@@ -8,6 +8,7 @@ from checkpoints import DEMO, SPECS, write
 import cuqwen
 from cuqwen import weights
 from cuqwen.config import Config
+from cuqwen.decode import Decoder
 from cuqwen.model import Device, Qwen3
 
 
@@ -109,7 +110,7 @@ def test_a_failure_inside_a_step_leaves_the_sequence_as_it_was(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(network.weights, "lm_head", None)
         patch.setattr(network.weights.layers[-1], "down_proj", None)
-        with pytest.raises(TypeError):
+        with pytest.raises(AttributeError):
             network.forward(np.array([7]), cache)
     assert cache.length == 3
     fresh = network.new_cache(8)
@@ -130,6 +131,26 @@ def test_load_on_the_gpu_through_the_public_face():
     assert exact.generate("In the beginning", max_tokens=64, temperature=0) == cuqwen.load(
         "demo", device="cpu"
     ).generate("In the beginning", max_tokens=64, temperature=0)
+
+
+@pytest.mark.gpu
+def test_recorded_steps_equal_single_launches():
+    """Bit for bit, over 40 tokens, for two sequences whose steps alternate, up to a full cache."""
+    network = load(DEMO, Device.cuda(), ml_dtypes.bfloat16)
+    sequences = []
+    for seed in (1, 2):
+        ids = network.device.upload(np.random.default_rng(seed).integers(0, 4095, 47).astype(np.int32))
+        caches = network.new_cache(47), network.new_cache(47)
+        for cache in caches:
+            network.forward(ids[:7], cache)
+        sequences.append((ids, *caches, Decoder(network, caches[1])))
+    for at in range(7, 47):
+        for ids, single, recorded, decoder in sequences:
+            truth, got = network.forward(ids[at : at + 1], single).get(), decoder.step(ids[at : at + 1]).get()
+            assert np.array_equal(got, truth)
+            assert single.length == recorded.length == at + 1
+    with pytest.raises(ValueError, match="wanted at most 0 more tokens"):
+        decoder.step(ids[:1])
 
 
 @pytest.mark.gpu

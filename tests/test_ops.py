@@ -236,11 +236,11 @@ def qkv_truth(x, projections, tables, positions, biases, gains):
     return *results, squares[0], squares[1]
 
 
-def run_qkv_rope(side, inputs, out=(None,) * 5):
+def run_qkv_rope(side, inputs, out=(None,) * 5, rows=None):
     biases, gains = ([side.put(v) for v in inputs[key]] for key in ("biases", "gains"))
     return ops.qkv_rope(
         side.put(inputs["x"]), *map(side.put, inputs["projections"]), *map(side.put, inputs["tables"]), side.put(inputs["positions"]),
-        **dict(zip(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"), [*biases, *gains], strict=True)), out=out,
+        **dict(zip(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"), [*biases, *gains], strict=True)), out=out, rows=rows,
     )  # fmt: skip
 
 
@@ -269,6 +269,27 @@ def test_qkv_rope_writes_rows_of_a_cache(side, rng, T, dtype, kv):
         rows = side.get(cache)
         assert_close(rows[2 : 2 + T], truth, bound)
         assert np.all(np.isnan(rows[:2].astype(F32))) and np.all(np.isnan(rows[2 + T :].astype(F32)))
+
+
+@pytest.mark.parametrize("kv", [BF16, F32])
+@pytest.mark.parametrize("T", [1, 3, 6])
+def test_qkv_rope_and_qk_norm_scatter_to_rows(side, rng, T, kv):
+    """As in the model: q and k wait in float32, v and then the normalised k go to the rows named, in any order."""
+    inputs, rows = qkv_inputs(rng, T, 2, 1, 64, 96), rng.permutation(9)[:T].astype(np.int32)
+    keys, values, at = side.put(poisoned((9, 1, 64), kv)), side.put(poisoned((9, 1, 64), kv)), side.put(rows)
+    q, k, v, q_ms, k_ms = run_qkv_rope(side, inputs, out=(None, None, values, None, None), rows=at)
+    assert v is values and k.shape == (T, 1, 64)
+    assert ops.qk_norm(q, k, q_ms, k_ms, rows=at, out=(q, keys))[1] is keys
+    _, (k, k_bound), (v, v_bound), _, (k_ms, _) = qkv_truth(**inputs)
+    scale = 1 / np.sqrt(k_ms + float(F32(1e-6)))[..., None]
+    others = np.setdiff1d(np.arange(9), rows)
+    for cache, truth, bound in ((keys, k * scale, (2 * k_bound + 8 * EPS32 * np.abs(k)) * scale), (values, v, v_bound)):
+        got = side.get(cache)
+        if cache is values:
+            assert_close(got[rows], truth, bound)
+        else:  # the mean square's own error is C roundings of a sum of squares at most
+            assert_close(got[rows], truth, bound + 96 * EPS32 * np.abs(truth) * 2)
+        assert np.all(np.isnan(got[others].astype(F32)))
 
 
 @pytest.mark.parametrize("T", [1, 5])
@@ -500,6 +521,8 @@ def test_real_sizes_on_the_gpu(rng, hidden, heads, kv_heads, ffn, T):
     (lambda a: ops.attention(a(1, 2, 8), a(4, 2, 8), a(4, 2, 8, dtype=BF16), a(1, dtype=np.int32)), TypeError, "attention: values"),
     (lambda a: ops.qkv_rope(a(1, 4), a(6, 4), a(8, 4), a(8, 4), a(9, 4), a(9, 4), a(1, dtype=np.int32)), ValueError, "qkv_rope: q_proj: wanted a multiple of D = 8 rows"),
     (lambda a: ops.qkv_rope(a(1, 4), a(8, 4), a(8, 4), a(8, 4), a(9, 4), a(9, 4), a(1, dtype=np.int32), out=(None,)), ValueError, "qkv_rope: out: wanted five"),
+    (lambda a: ops.qk_norm(a(1, 2, 8), a(1, 2, 8), a(1, 2), a(1, 2), rows=a(2, dtype=np.int32), out=(None, a(9, 2, 8))), ValueError, r"qk_norm: rows: wanted shape \[T\] with T = 1"),
+    (lambda a: ops.qk_norm(a(1, 2, 8), a(1, 2, 8), a(1, 2), a(1, 2), out=(None, a(9, 2, 8))), ValueError, r"qk_norm: out\[1\] \(k\): wanted shape \[1, 2, 8\]"),
     (lambda a: ops.qk_norm(a(1, 2, 8), a(1, 2, 8), a(1, 2), a(1, 3)), ValueError, "qk_norm: k_ms"),
 ])  # fmt: skip
 def test_refusals(side, call, error, message):

@@ -263,4 +263,5 @@ def test_every_function_is_annotated():
 def test_ruff(command):
     if importlib.util.find_spec("ruff") is None:
         pytest.skip("needs ruff (pip install -e .[dev])")
-    run("-m", "ruff", *command, "--no-cache", ".", cwd=ROOT)
+    folders = [name for name in ("cuqwen", "tests", "tools", "benchmarks", "studies") if (ROOT / name).is_dir()]
+    run("-m", "ruff", *command, "--no-cache", *folders, cwd=ROOT)  # not README.md, whose examples new releases format

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cuqwen"
 OPERATIONS = ("embed", "rmsnorm", "qkv_rope", "qk_norm", "attention", "matmul", "silu_mul", "argmax")
 ORDER = (
-    "config", "hub", "launch", "rope", "reference", "cuda", "ops", "weights", "cache", "model", "tokenizer", "sampling",
+    "config", "hub", "launch", "rope", "reference", "cuda", "ops", "weights", "cache", "model", "decode", "tokenizer", "sampling",
     "generate", "api", "cli",
 )  # fmt: skip
 
