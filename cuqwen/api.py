@@ -177,10 +177,7 @@ class Model:
             messages = list(prompt)
             prompt = self.tokenizer.apply_chat_template(messages, enable_thinking=enable_thinking, tools=tools)
         if isinstance(prompt, str):
-            try:
-                prompt = self.tokenizer.encode(prompt)
-            except UnicodeEncodeError:
-                raise ValueError("stream: prompt: wanted valid Unicode text, got text with lone surrogates") from None
+            prompt = self.tokenizer.encode(prompt)
         return self._check_ids(prompt, "stream: prompt")
 
     def _check_ids(self, ids: Any, where: str) -> np.ndarray:

@@ -148,8 +148,8 @@ def _generate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     taken = _print_steps(steps, silent=options.json)
     timings = {"load_seconds": loaded - started, **_timings(taken, loaded)}
     if options.json:
-        print(json.dumps(_report(options, model, [step for step, _ in taken], timings), ensure_ascii=False))
-        sys.stdout.flush()
+        report = _report(options, model, [step for step, _ in taken], timings)
+        _write(json.dumps(report, ensure_ascii=False) + "\n")
     if not options.quiet:
         print(_statistics(model, len(taken), timings), file=sys.stderr)
 
@@ -250,13 +250,24 @@ def _print_steps(steps: Any, *, silent: bool) -> list[tuple[Step, float]]:
     for step in steps:
         taken.append((step, time.perf_counter()))
         if step.text and not silent:
-            sys.stdout.write(step.text)
-            sys.stdout.flush()
+            _write(step.text)
             ends_line = step.text.endswith("\n")
     if not ends_line:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        _write("\n")
     return taken
+
+
+def _write(text: str) -> None:
+    """Show text on standard output at once."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"standard output: cannot be written ({error.strerror}); free some space or send it elsewhere"
+        ) from None
 
 
 def _timings(taken: list[tuple[Step, float]], loaded: float) -> dict[str, float]:

@@ -45,8 +45,7 @@ def matmul(x: Array, weight: Array, *, residual: Array | None = None, out: Array
 
 def _product(x: Array, weight: Array) -> Array:
     """x @ weight.T. One row by a small matrix goes in pieces too small for OpenBLAS to share out among threads: these
-    meet by spinning, which costs more than the product (4096 x 256: 66 us alone, 900 us on two busy cores) and slows
-    everything after it (demo on two busy cores: 46 tok/s, in pieces 200)."""
+    meet by spinning, which on busy cores costs more than the product (4096 x 256 on two: 900 us, by one thread 66)."""
     if x.size != weight.shape[1] or weight.size > 1 << 22:
         return x @ weight.T
     rows = max(1, (1 << 18) // weight.shape[1])

@@ -27,7 +27,14 @@ import truth as float64  # noqa: E402
 import cuqwen  # noqa: E402
 from benchmarks.accuracy import ROWS, Machine, log_softmax  # noqa: E402
 from studies.variants import (  # noqa: E402
-    ATTENTION_INPUT, BOUNDARIES, CACHE, FUSED_ROUNDINGS, Fused, NormAfterRope, Separate, forward,
+    ATTENTION_INPUT,
+    BOUNDARIES,
+    CACHE,
+    FUSED_ROUNDINGS,
+    Fused,
+    NormAfterRope,
+    Separate,
+    forward,
 )  # fmt: skip
 
 Array = Any

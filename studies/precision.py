@@ -13,11 +13,13 @@ stream after each layer and mean KL, argmax agreement and relative error of the 
     cuqwen with each single boundary in bf16, the rest and the cache in float32; and with all of them
     the literal order "norm after RoPE"
 
-and two experiments on the gains. Writes studies/results/precision.json, the plots docs/images/precision-*.svg and the table
-in docs/precision.md; with --out only the record and the plots, both into FOLDER. --plot-only draws both anew from the record.
-Measuring needs torch, transformers, matplotlib, CuPy and cuqwen, and no network. `--device cpu` is a rehearsal without a GPU, in
-which the random checkpoints are tiny and the fused kernel runs on tests/emulator.py. Ends with status 1 if the study's forward
-pass is not the package's.
+and two experiments on the gains. Writes studies/results/precision.json, the plots docs/images/precision-*.svg and the
+table in docs/precision.md; with --out only the record and the plots, both into FOLDER. --plot-only draws all of it anew
+from the record.
+
+Measuring needs torch, transformers, matplotlib, CuPy and cuqwen, and no network. `--device cpu` is a rehearsal without a
+GPU: the random checkpoints are tiny and the fused kernel runs on tests/emulator.py. Ends with status 1 if the study's
+forward pass is not the package's.
 """
 
 from __future__ import annotations

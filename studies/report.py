@@ -24,6 +24,7 @@ ELSEWHERE = {
     "bf16_gate_up": "gate and up",
     "bf16_activation": "silu(gate) · up",
     "bf16_final_norm": "final norm",
+    "bf16_logits": "logits",
 }
 SINGLE = {**ATTENTION_INPUT, **ELSEWHERE}
 WHOLE = {
@@ -36,7 +37,7 @@ WHOLE = {
     "transformers_float32": "transformers, float32",
     "norm_after_rope": "cuqwen, literal \"norm after RoPE\"",
 }  # fmt: skip
-SUMS = {"bf16_attention_input": "all seven of the attention input", "bf16_all": "all thirteen"}
+SUMS = {"bf16_attention_input": "all seven of the attention input", "bf16_all": "all fourteen"}
 LABELS = {**WHOLE, **SINGLE, **SUMS}
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -142,7 +143,7 @@ def _kl(record: dict[str, Any]) -> Any:
 
 
 def _boundaries(record: dict[str, Any]) -> Any:
-    """What one boundary in bf16 adds to the KL, in percent of all thirteen at once."""
+    """What one boundary in bf16 adds to the KL, in percent of all fourteen at once."""
     names = [name for name in ("demo", "ordinary") if name in record["checkpoints"]]
     if not names:
         return None
@@ -154,7 +155,7 @@ def _boundaries(record: dict[str, Any]) -> Any:
         spread = [2 * figures[key]["kl_standard_error"] / whole for key in SINGLE]
         colours = ["#D55E00"] * len(ATTENTION_INPUT) + ["#999999"] * len(ELSEWHERE)
         axis.barh(range(len(SINGLE)), shares, xerr=spread, color=colours, error_kw={"linewidth": 0.8})
-        axis.set(xlabel=f"percent of the KL of all thirteen\n(the bars add up to {sum(shares):.0f})")
+        axis.set(xlabel=f"percent of the KL of all fourteen\n(the bars add up to {sum(shares):.0f})")
         axis.set_title(_title(name, record))
     axes[0].set_yticks(range(len(SINGLE)), list(SINGLE.values()))
     axes[0].invert_yaxis()

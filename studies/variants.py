@@ -44,6 +44,7 @@ ELSEWHERE = {
     "gate_up": "gate and up",
     "activation": "silu(gate) · up",
     "final_norm": "final norm",
+    "logits": "logits",
 }
 BOUNDARIES = {**ATTENTION_INPUT, **ELSEWHERE}
 CACHE = frozenset({"k", "v"})  # what the package rounds by default
@@ -86,7 +87,7 @@ def forward(
         x = at("residual", ops.matmul(at("activation", ops.silu_mul(gate, up)), layer.down_proj, residual=x))
         watch(x)
     x = at("final_norm", ops.rmsnorm(x, weights.norm, eps))
-    return ops.matmul(x, weights.lm_head)
+    return at("logits", ops.matmul(x, weights.lm_head))
 
 
 class Separate:
