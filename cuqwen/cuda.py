@@ -18,6 +18,7 @@ Array = Any
 
 STORAGE = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", np.dtype(ml_dtypes.bfloat16): "bf16"}
 MAX_HEAD_DIM = 256
+F32 = np.dtype(np.float32)
 # Up to this many rows the weights are streamed once for each row (they come from L2 after the first); beyond it a
 # block computes a tile. Both are right for any number of rows.
 FEW_ROWS = 4
@@ -52,7 +53,7 @@ def _float32(vector: Array | None) -> Array | None:
     return vector if vector is None or vector.dtype == np.float32 else vector.astype(np.float32)
 
 
-def _allocate(out: Array | None, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+def _allocate(out: Array | None, shape: tuple[int, ...], dtype: Any = F32) -> Array:
     return launch.empty(shape, dtype) if out is None else out
 
 
@@ -163,8 +164,25 @@ def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Ar
         types = {"KV_TYPE": keys, "HEAD_DIM": str(dim)}
         sizes = map(np.int32, (heads, kv_heads, rows))
         args = (out, q, keys, values, positions, *sizes, np.float32(dim**-0.5))
-        _run("attention", "attention_online", types, (tokens, heads), 256, args)
+        shares = _shares(tokens, heads, rows)
+        if shares == 1:
+            _run("attention", "attention_online", types, (tokens, heads), 256, args)
+        else:
+            partial, share = (
+                launch.empty((tokens, heads, shares, dim), F32),
+                launch.empty((tokens, heads, shares, 2), F32),
+            )
+            _run("attention", "attention_split", types, (tokens, heads, shares), 256, (partial, share, *args[1:]))
+            merge = (out, partial, share, np.int32(heads), np.int32(shares))
+            _run("attention", "attention_merge", types, (tokens, heads), 128, merge)
     return out
+
+
+def _shares(tokens: int, heads: int, rows: int) -> int:
+    """Blocks that share the keys of one head of one query: enough to fill the GPU, each with 128 rows or more."""
+    if tokens > FEW_ROWS or rows <= 256:
+        return 1
+    return max(1, min(rows // 128, 512 // (tokens * heads), 32))
 
 
 def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:

@@ -37,8 +37,12 @@ WHOLE = {
     "transformers_float32": "transformers, float32",
     "norm_after_rope": "cuqwen, literal \"norm after RoPE\"",
 }  # fmt: skip
-SUMS = {"bf16_attention_input": "all seven of the attention input", "bf16_all": "all fourteen"}
-LABELS = {**WHOLE, **SINGLE, **SUMS}
+OTHERS = {
+    "bf16_k_unrotated": "k after its norm, before its rotation",
+    "bf16_attention_input": "all seven of the attention input",
+    "bf16_all": "all fourteen",
+}
+LABELS = {**WHOLE, **SINGLE, **OTHERS}
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 COLOURS = {
@@ -92,7 +96,7 @@ def _title(name: str, record: dict[str, Any]) -> str:
 def _panels(record: dict[str, Any], names: list[str], height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(names), height), layout="constrained")
+    figure = Figure(figsize=(max(8.5, 3.4 * len(names)), height), layout="constrained")
     return figure, figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
 
 
@@ -109,7 +113,9 @@ def _layers(record: dict[str, Any]) -> Any:
             errors = figures[key]["error_by_layer"]
             style = "--" if key == "fused" else "-"
             axis.plot(range(1, len(errors) + 1), errors, style, color=colour, linewidth=1.6, label=LABELS[key])
-        axis.set(yscale="log", xlabel="layer", title=_title(name, record))
+        axis.set(yscale="log", xlabel="layer")
+        axis.set_title(_title(name, record), fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("relative error of the residual stream")
     axes[0].plot([], [], color="#DDDDDD", linewidth=0.7, label="one boundary in bf16")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -143,21 +149,25 @@ def _kl(record: dict[str, Any]) -> Any:
 
 
 def _boundaries(record: dict[str, Any]) -> Any:
-    """What one boundary in bf16 adds to the KL, in percent of all fourteen at once."""
+    """What one boundary in bf16 costs, in percent of the KL of all fourteen; the logits' share would dwarf the rest."""
     names = [name for name in ("demo", "ordinary") if name in record["checkpoints"]]
     if not names:
         return None
     figure, axes = _panels(record, names, 3.6)
+    keys = [key for key in SINGLE if key != "bf16_logits"]
     for axis, name in zip(axes, names, strict=True):
         figures = record["checkpoints"][name]["figures"]
-        whole = figures["bf16_all"]["mean_kl"] / 100
-        shares = [figures[key]["mean_kl"] / whole for key in SINGLE]
-        spread = [2 * figures[key]["kl_standard_error"] / whole for key in SINGLE]
-        colours = ["#D55E00"] * len(ATTENTION_INPUT) + ["#999999"] * len(ELSEWHERE)
-        axis.barh(range(len(SINGLE)), shares, xerr=spread, color=colours, error_kw={"linewidth": 0.8})
-        axis.set(xlabel=f"percent of the KL of all fourteen\n(the bars add up to {sum(shares):.0f})")
-        axis.set_title(_title(name, record))
-    axes[0].set_yticks(range(len(SINGLE)), list(SINGLE.values()))
+        percent = figures["bf16_all"]["mean_kl"] / 100
+        shares = [figures[key]["mean_kl"] / percent for key in keys]
+        spread = [2 * figures[key]["kl_standard_error"] / percent for key in keys]
+        colours = ["#D55E00" if key in ATTENTION_INPUT else "#999999" for key in keys]
+        axis.barh(range(len(keys)), shares, xerr=spread, color=colours, error_kw={"linewidth": 0.8})
+        logits = figures["bf16_logits"]["mean_kl"] / percent
+        axis.set_xlabel(
+            f"percent of the KL of all fourteen\nlogits, not drawn: {logits:.0f} %; sum: {sum(shares) + logits:.0f} %"
+        )
+        axis.set_title(_title(name, record), fontsize=9)
+    axes[0].set_yticks(range(len(keys)), [SINGLE[key] for key in keys])
     axes[0].invert_yaxis()
     return figure
 
@@ -215,7 +225,7 @@ def table(record: dict[str, Any]) -> str:
         *map(row, ATTENTION_INPUT),
     ]
     lines += [heading("... elsewhere"), *map(row, ELSEWHERE)]
-    lines += [heading("... several at once"), *map(row, SUMS)]
+    lines += [heading("... instead, and several at once"), *map(row, OTHERS)]
     return "\n".join(lines)
 
 

@@ -1,11 +1,12 @@
 """The forward pass of `cuqwen.model` again, with every boundary at which a number may be handed on in bf16.
 
 `forward` calls the operations of `cuqwen.ops` in the model's order. What is rounded is a set of names from `BOUNDARIES`;
-how q, k and v come about is one of three ways:
+how q, k and v come about is one of four ways:
 
-    Separate      rmsnorm, qkv_rope, qk_norm, as the model has it
-    NormAfterRope the literal reading of "norm after RoPE": the gain multiplies what is already rotated
-    Fused         studies/fused_norm_qkv.cu, the attempt of one kernel
+    Separate             rmsnorm, qkv_rope, qk_norm, as the model has it
+    NormAfterRope        the literal reading of "norm after RoPE": the gain multiplies what is already rotated
+    KeyRoundedUnrotated  k in bf16 before instead of after its rotation
+    Fused                studies/fused_norm_qkv.cu, the attempt of one kernel
 """
 
 from __future__ import annotations
@@ -115,13 +116,16 @@ class Separate:
             gains = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
             return ops.qkv_rope(h, *projections, self.cos, self.sin, self.positions, **gains)
         # the same in steps: a rotation by nothing, the rounding, then statistics, gain and rotation of what is left
-        no_cos, no_sin = np.ones(self.cos.shape, np.float32), np.zeros(self.cos.shape, np.float32)
-        if launch.is_gpu_array(h):
-            no_cos, no_sin = launch.upload(no_cos), launch.upload(no_sin)
-        q, k, v, _, _ = ops.qkv_rope(h, *projections, no_cos, no_sin, self.positions)
+        q, k, v, _, _ = ops.qkv_rope(h, *projections, *self._no_rotation(), self.positions)
         q, k = to_bf16(q), to_bf16(k)
         q_ms, k_ms = (q * q).mean(axis=-1), (k * k).mean(axis=-1)
         return self._rotated(q * layer.q_norm), self._rotated(k * layer.k_norm), v, q_ms, k_ms
+
+    def _no_rotation(self) -> tuple[Array, Array]:
+        """A table of cosines and sines that leaves everything where it is."""
+        cos, sin = self.cos.copy(), self.sin.copy()
+        cos[:], sin[:] = 1, 0
+        return cos, sin
 
     def _rotated(self, x: Array) -> Array:
         out, half = x.copy(), x.shape[-1] // 2
@@ -138,6 +142,17 @@ class NormAfterRope(Separate):
         projections = layer.q_proj, layer.k_proj, layer.v_proj
         q, k, v, q_ms, k_ms = ops.qkv_rope(h, *projections, self.cos, self.sin, self.positions)
         return q * layer.q_norm, k * layer.k_norm, v, q_ms, k_ms
+
+
+class KeyRoundedUnrotated(Separate):
+    """k rounded to bf16 after its norm but before its rotation, as if a cache stored it so; nothing else rounded."""
+
+    def __call__(self, x: Array, layer: LayerWeights) -> tuple[Array, Array, Array]:
+        q, _, v = super().__call__(x, layer)
+        rotary, (self.cos, self.sin) = (self.cos, self.sin), self._no_rotation()
+        _, k, _ = super().__call__(x, layer)
+        self.cos, self.sin = rotary
+        return q, self._rotated(to_bf16(k)), v
 
 
 class Fused:

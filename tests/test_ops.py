@@ -371,7 +371,7 @@ def attention_truth(q, keys, values, positions):
     return out, bound
 
 
-ATTENTION_SHAPES = [(1, 16, 8, 128, 0), (1, 4, 2, 64, 70), (1, 8, 1, 128, 31), (5, 5, 1, 24, 32), (9, 2, 2, 8, 0), (40, 4, 1, 64, 3), (3, 1, 1, 256, 40), (0, 2, 1, 8, 4)]  # fmt: skip
+ATTENTION_SHAPES = [(1, 16, 8, 128, 0), (1, 4, 2, 64, 70), (1, 8, 1, 128, 31), (5, 5, 1, 24, 32), (9, 2, 2, 8, 0), (40, 4, 1, 64, 3), (3, 1, 1, 256, 40), (0, 2, 1, 8, 4), (1, 4, 2, 128, 300), (4, 8, 1, 64, 510), (2, 2, 2, 24, 1100)]  # fmt: skip
 
 
 @pytest.mark.parametrize("kv", STORAGE)
@@ -393,6 +393,29 @@ def test_attention_extreme_scores(side, rng, scale):
     values, positions = random(rng, (90, 1, 64), BF16), np.array([0, 45, 89], np.int32)
     got = side.get(ops.attention(*map(side.put, (q, keys, values, positions))))
     assert_close(got, *attention_truth(q, keys, values, positions))
+
+
+@pytest.mark.parametrize("last", [0, 31, 32, 700, 1999])
+def test_attention_of_a_short_sequence_in_a_long_cache(side, rng, last):
+    """Most of the blocks that share the keys get none."""
+    q, (keys, values) = random(rng, (1, 2, 64)), (random(rng, (2000, 1, 64), BF16) for _ in range(2))
+    keys[last + 1 :], values[last + 1 :] = np.nan, np.nan
+    positions = np.array([last], np.int32)
+    got = side.get(ops.attention(*map(side.put, (q, keys, values, positions))))
+    assert_close(got, *attention_truth(q, keys, values, positions))
+
+
+@pytest.mark.parametrize("tokens,rows", [(2, 700), (5, 20)])
+def test_attention_beyond_the_cache(side, rng, tokens, rows):
+    q, keys = random(rng, (tokens, 2, 8)), random(rng, (rows, 1, 8))
+    positions = np.zeros(tokens, np.int32)
+    positions[1] = rows
+    if side is Reference:
+        with pytest.raises(ValueError, match="attention: positions: wanted"):
+            ops.attention(q, keys, keys, positions)
+    else:
+        got = side.get(ops.attention(*map(side.put, (q, keys, keys, positions))))
+        assert np.all(np.isnan(got[1])) and np.all(np.isfinite(np.delete(got, 1, 0)))
 
 
 def test_attention_may_overwrite_its_queries(side, rng):
@@ -478,11 +501,13 @@ def test_hundred_runs_are_identical(rng):
     x, weight = Gpu.put(random(rng, (33, 1024))), Gpu.put(random(rng, (2048, 1024), BF16))
     inputs, q = qkv_inputs(rng, 33, 16, 8, 128, 1024), Gpu.put(random(rng, (33, 16, 128)))
     keys, positions = Gpu.put(random(rng, (500, 8, 128), BF16)), Gpu.put(np.arange(467, 500, dtype=np.int32))
+    last = positions[-1:]
 
     def results():
         yield from run_qkv_rope(Gpu, inputs)
         yield from (ops.matmul(x, weight), ops.matmul(x[:1], weight), ops.rmsnorm(x, weight[0]))
         yield ops.attention(q, keys, keys, positions)
+        yield ops.attention(q[:1], keys, keys, last)
 
     first = [array.get() for array in results()]
     for _ in range(100):

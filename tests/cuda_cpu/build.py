@@ -15,10 +15,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cuqwen import cuda, launch
+from cuqwen import launch
 
 HEADERS = Path(__file__).parent
 SANITIZE = "CUQWEN_SANITIZE"  # environment variable: the value of -fsanitize, see `emulator.sanitized`
@@ -160,10 +159,3 @@ def library(file: str, defines: launch.Defines) -> ctypes.CDLL:
 
     flags = ("-fvisibility=hidden", "-Wno-unknown-pragmas", "-DCUQWEN_CPU", *options)
     return ctypes.CDLL(str(_build(Path(file).stem, unit, text, flags, (str(runtime()),))))
-
-
-def build_all() -> None:
-    """Compile every variant that the package may ask for, on all cores; afterwards `load_function` finds them."""
-    runtime()  # once, before everyone wants it
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda variant: library(*variant), cuda.variants()))
