@@ -38,6 +38,8 @@ from studies.variants import (  # noqa: E402
     forward,
 )  # fmt: skip
 
+transformers.utils.logging.disable_progress_bar()
+
 Array = Any
 Watch = Callable[[Array], None]
 Contender = Callable[[Watch], Array]  # calls back with the residual stream after each layer, returns the logits
@@ -149,7 +151,7 @@ def truth_of(folder: Path, ids: np.ndarray, machine: Machine) -> tuple[list[Arra
 
 def relative_error(x: Array, truth: Array, xp: Any) -> float:
     """||x - t|| / ||t|| over all elements."""
-    return float(xp.linalg.norm((x - truth).ravel()) / xp.linalg.norm(truth.ravel()))
+    return float(xp.sqrt(((x - truth) ** 2).sum() / (truth**2).sum()))
 
 
 def figures_of(contender: Contender, truth: tuple[list[Array], Array], machine: Machine) -> dict[str, Any]:

@@ -36,7 +36,10 @@ from studies import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, IMAGES, PAGE = ROOT / "studies" / "results", ROOT / "docs" / "images", ROOT / "docs" / "precision.md"
-SAME = 1e-6  # the most by which the study's forward pass may differ from the package's where nothing is chaotic
+# The most by which the study's forward pass may differ from the package's, in errors of the package, where nothing is
+# chaotic. The same kernels in the same order give the same bits; where the package has other ones, a few more numbers in
+# 10,000 are rounded the other way, which moves the logits by a hundredth of their error.
+SAME = 0.1
 
 
 def measure(arguments: argparse.Namespace, path: Path) -> bool:
@@ -62,7 +65,6 @@ def measure(arguments: argparse.Namespace, path: Path) -> bool:
             machine.synchronize()
             print(f"{name}: {tokens} tokens, ready in {time.perf_counter() - start:.1f} s", flush=True)
             check = m.check(folder, ids, machine)
-            passed &= name == "heavy" or check["relative_difference"] <= SAME
             print(f"  the package's forward pass: {check}", flush=True)
             figures = {}
             for key, contender in m.contenders(folder, ids, machine).items():
@@ -73,6 +75,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> bool:
                     f"  error {f['relative_error']:9.2e}  after layer 1 {f['error_by_layer'][0]:9.2e}  {f['seconds']:5.1f} s",
                     flush=True,
                 )
+            passed &= name == "heavy" or check["relative_difference"] <= SAME * figures["ours"]["relative_error"]
             record["checkpoints"][name] = {"tokens": tokens, "tiny": tiny and name != "demo", "check": check}
             record["checkpoints"][name]["figures"] = figures
             if name == "demo":
