@@ -35,6 +35,8 @@ for path in sorted(launch.KERNEL_FOLDER.glob("*.cu")):
 FORGET_CUQWEN = """
 import os, sys
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]  # the finder of another editable cuqwen has the same name
 sys.path[:] = [p for p in sys.path if "site-packages" in p or not os.path.isdir(os.path.join(p, "cuqwen"))]
 """
 

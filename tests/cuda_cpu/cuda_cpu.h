@@ -1,5 +1,5 @@
 // CUDA C++ for the CPU: what our kernels use of the language and its library, in terms of runtime.h. Included before
-// a kernel's source by tests/emulator.py; kernels need no change, as long as dynamic shared memory is declared by
+// a kernel's source by build.py; kernels need no change, as long as dynamic shared memory is declared by
 // DYNAMIC_SHARED and inline PTX stands in ptx.cuh beside its C++ twin (#ifdef CUQWEN_CPU), which may call emu::warp_meet
 // for what a warp does together and emu::poll wherever it waits for memory to change.
 //

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-// EMU_ASAN: the kernels are built with AddressSanitizer (this file and runtime.cpp are not, see tests/emulator.py).
+// EMU_ASAN: the kernels are built with AddressSanitizer (this file and runtime.cpp are not, see build.py).
 #ifdef EMU_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
