@@ -66,6 +66,8 @@ def load(
         weights.check_finite(folder, config)
     try:
         network = Qwen3(config, weights.read(folder, config, place.place_weight, progress=progress), place, kv)
+        if place.name == "cuda":
+            launch.release_staging()
     except Exception as error:
         if launch.is_out_of_memory(error):
             raise MemoryError(
@@ -191,6 +193,8 @@ class Model:
             raise ValueError(f"{where}: wanted a flat list of token ids, got nested ones of several lengths") from None
         if array.ndim != 1:
             raise ValueError(f"{where}: wanted a flat list of token ids, got shape {list(array.shape)}")
+        if array.dtype == object and all(isinstance(i, int) for i in ids):
+            raise ValueError(f"{where}: wanted ids in 0..{self.config.vocab_size - 1}, got integers beyond 64 bits")
         if array.dtype.kind not in "iu":
             raise TypeError(f"{where}: wanted a list of integers, got {array.dtype}")
         if array.min() < 0 or array.max() >= self.config.vocab_size:
@@ -207,7 +211,8 @@ class Model:
             temperature = (1.0 if asked else 0.0) if not defaults.do_sample else defaults.temperature
             temperature = 1.0 if temperature is None else temperature
         for key in (*filters, "repetition_penalty"):
-            recommended = getattr(defaults, key) if defaults.do_sample else None
+            # as in transformers, where the penalty also applies to greedy search
+            recommended = getattr(defaults, key) if defaults.do_sample or key == "repetition_penalty" else None
             given[key] = recommended if given[key] is None else given[key]
         return Sampling(temperature=temperature, **{key: value for key, value in given.items() if value is not None})
 
@@ -264,11 +269,11 @@ def _choose_kv_dtype(kv_dtype: str | None, device: Device) -> Any:
 def _choose_context(max_context: int | None, config: Config) -> int:
     if max_context is None:
         return config.max_position_embeddings
-    if isinstance(max_context, bool) or not isinstance(max_context, int):
+    if isinstance(max_context, bool) or not isinstance(max_context, (int, np.integer)):
         raise TypeError(f"load: max_context: wanted an int, got {type(max_context).__name__}")
     if not 1 <= max_context <= config.max_position_embeddings:
         raise ValueError(
             f"load: max_context: wanted 1..{config.max_position_embeddings}, the model's max_position_embeddings, "
             f"got {max_context}"
         )
-    return max_context
+    return int(max_context)

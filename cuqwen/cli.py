@@ -296,8 +296,9 @@ def _statistics(model: Model, tokens: int, timings: dict[str, float]) -> str:
     if rate:
         bandwidth = rate * model.network.read_bytes_per_token(tokens)
         parts += [f"{tokens} tok · {rate:,.0f} tok/s · {bandwidth / 1e9:.1f} GB/s"]
-        if model.device == "cuda":
-            parts[-1] += f" · {100 * bandwidth / launch.peak_bandwidth():.0f} % of this GPU's memory"
+        peak = launch.peak_bandwidth() if model.device == "cuda" else 0.0  # some GPUs report none
+        if peak:
+            parts[-1] += f" · {100 * bandwidth / peak:.0f} % of this GPU's memory"
     return " | ".join(parts)
 
 

@@ -126,7 +126,8 @@ def qkv_rope(
     if tokens:
         types = {"W_TYPE": q_proj, "K_TYPE": k, "V_TYPE": v, "HEAD_DIM": str(dim)}
         vectors = map(_float32, (q_bias, k_bias, v_bias, q_norm, k_norm))
-        sizes = map(np.int32, (tokens, heads, kv_heads, width, len(cos), len(v)))
+        height = next((len(array) for array in out[1:3] if array is not None), tokens)
+        sizes = map(np.int32, (tokens, heads, kv_heads, width, len(cos), height))
         targets = (None if array is None else rows for array in out[1:3])  # only what the caller named has such rows
         args = (q, k, v, q_ms, k_ms, x, q_proj, k_proj, v_proj, *vectors, cos, sin, positions, *targets, *sizes)
         if tokens <= FEW_ROWS:
@@ -151,7 +152,8 @@ def qk_norm(
     q_out, k_out = _allocate(out[0], q.shape), _allocate(out[1], k.shape)
     if tokens:
         sizes = map(np.int32, (heads, kv_heads, dim, len(k_out)))
-        args = (q_out, k_out, q, k, q_ms, k_ms, rows, *sizes, np.float32(eps))
+        target = None if out[1] is None else rows  # only what the caller named has such rows
+        args = (q_out, k_out, q, k, q_ms, k_ms, target, *sizes, np.float32(eps))
         _run("qk_norm", "qk_norm", {"K_TYPE": k_out}, (tokens, heads + kv_heads), 128, args)
     return q_out, k_out
 

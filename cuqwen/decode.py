@@ -36,6 +36,10 @@ class Decoder:
             return self.model.forward(ids, self.cache)
         if self.launch is None:
             self.ids, self.position = (self.model.device.empty((1,), np.int32) for _ in range(2))
+            self.tables = (
+                self.model.cos,
+                self.model.sin,
+            )  # the recording has bare pointers to what a longer cache replaces
             self.launch, self.logits = launch.record(lambda: self.model.step(self.ids, self.position, self.cache))
         launch.copy(self.ids, ids)
         launch.copy(self.position, self.model.positions[self.cache.length :][:1])

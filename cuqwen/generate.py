@@ -81,7 +81,7 @@ def generate_steps(
     stream, stops, decoder = tokenizer.stream(), StopStrings(stop), Decoder(model, cache)
     logits = _read_prompt(model, prompt, cache)
     for count in range(1, max_tokens + 1):
-        token, ids = _choose(model, logits, sampler, tokenizer.n_ids)
+        token, ids = _choose(model, logits, sampler, tokenizer.n_ids, first=count == 1)
         last = count == max_tokens
         ended = token in end_ids
         text, stopped = stops.push("" if ended else stream.push(token))
@@ -104,9 +104,13 @@ def _read_prompt(model: Qwen3, prompt: Sequence[int], cache: Any) -> Any:
     return logits
 
 
-def _choose(model: Qwen3, logits: Any, sampler: Sampler, n_ids: int) -> tuple[int, Any]:
-    """The next token, for the host and as ids [1] on the device. The read of it is the step's only wait for the GPU."""
-    if sampler.sampling.is_argmax:
+def _choose(model: Qwen3, logits: Any, sampler: Sampler, n_ids: int, *, first: bool) -> tuple[int, Any]:
+    """The next token, for the host and as ids [1] on the device. The read of it is the step's only wait for the GPU.
+
+    The first one always goes through the sampler, which raises ValueError for logits that are not finite: broken weights
+    must not come out as plausible tokens.
+    """
+    if sampler.sampling.is_argmax and not first:
         ids = model.device.operations.argmax(logits[0, :n_ids].reshape(1, -1))
         return int(ids[0]), ids
     row = logits[0].get() if launch.is_gpu_array(logits) else logits[0]

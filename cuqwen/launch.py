@@ -5,6 +5,7 @@ The only module that imports CuPy, and only inside functions: `import cuqwen` ne
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -61,7 +62,16 @@ def load_function(file: str, entry: str, defines: Defines) -> Launch:
 
     CuPy keeps the compiled code on disk; this function remembers the entry points of this process.
     """
-    function = _module(file, defines).get_function(entry)
+    try:
+        function = _module(file, defines).get_function(entry)
+    except Exception as error:  # CuPy raises CompileException, NVRTCError or RuntimeError
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise DeviceError(
+            f"kernels/{file}.cu cannot be compiled ({reason}); install NVRTC and the CUDA headers with "
+            'pip install "cuqwen[cuda13]" or "cuqwen[cuda12]", or use device="cpu" (--device cpu)'
+        ) from error
 
     def launch(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_bytes: int = 0) -> None:
         for i, arg in enumerate(args):
@@ -125,6 +135,7 @@ def upload(array: np.ndarray) -> Any:
 
 
 def is_gpu_array(array: Any) -> bool:
+    """Whether `array` is a CuPy array; CuPy is not imported to find out."""
     return type(array).__module__.partition(".")[0] == "cupy"
 
 
@@ -141,18 +152,27 @@ def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     keeps it, and all arrays that it has handed out keep it too.
     """
     cp = cupy()
+    cp.get_default_memory_pool().free_all_blocks()  # the graph's own pool cannot take its idle blocks
     pool, stream = cp.cuda.MemoryPool(), cp.cuda.Stream(non_blocking=True)
     with cp.cuda.using_allocator(pool.malloc), stream:
         stream.begin_capture()
         try:
             result = work()
-        finally:
-            graph = stream.end_capture()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the capture may be invalid by now; the first error counts
+                stream.end_capture()
+            raise
+        graph = stream.end_capture()
 
     def launch_graph(keep: Any = pool) -> None:
         graph.launch(cp.cuda.get_current_stream())
 
     return launch_graph, result
+
+
+def release_staging() -> None:
+    """Free the page-locked host memory through which arrays were uploaded; CuPy keeps it otherwise."""
+    cupy().get_default_pinned_memory_pool().free_all_blocks()
 
 
 def free_bytes() -> int:

@@ -8,14 +8,15 @@ Rules that hold for all of them:
 - Activations are float32 (on NumPy also float64, which makes the whole operation float64). `rmsnorm` also reads bf16 and
   f16. Weight matrices are bf16 (`ml_dtypes.bfloat16`), f16 or f32; on NumPy also float64.
 - Results are new float32 arrays (float64 for float64 activations) unless `out=` names where they go. Values are rounded
-  once, when `out` is narrower.
+  once, when `out` is narrower. `out` must not overlap an input unless the operation says that it may.
 - Integer arguments (`ids`, `positions`) are int32 on the GPU, any integer type on NumPy. A value out of range raises
-  ValueError on NumPy; on the GPU, where looking would mean waiting, it gives NaN.
+  ValueError on NumPy; on the GPU, where looking would mean waiting, it gives NaN, and as a row to write to, nothing.
 - Wrong shapes raise ValueError, wrong types TypeError.
 """
 
 from __future__ import annotations
 
+import numbers
 from types import ModuleType
 from typing import Any
 
@@ -67,7 +68,7 @@ class _Check:
         if dtypes is INTEGERS:
             allowed = INTEGERS if self.backend is reference else {np.dtype(np.int32)}
         else:
-            allowed = dtypes | F64 if self.backend is reference else dtypes
+            allowed = dtypes | F64 if self.backend is reference and dtypes & FLOATS else dtypes
         if array.dtype not in allowed:
             wanted = "/".join(sorted(d.name for d in allowed))
             raise TypeError(f"{self.operation}: {name}: wanted dtype {wanted}, got {array.dtype}; use {name}.astype")
@@ -121,8 +122,14 @@ def backend_of(array: Array) -> ModuleType | None:
 
 
 def _check_eps(operation: str, eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+        raise TypeError(f"{operation}: eps: wanted a number, got {type(eps).__name__}")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{operation}: eps: wanted a finite number from 0, got {eps}")
+
+
+def _address(array: Array) -> int:
+    return array.data.ptr if launch.is_gpu_array(array) else array.ctypes.data
 
 
 def embed(ids: Array, table: Array, *, out: Array | None = None) -> Array:
@@ -307,10 +314,16 @@ def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Ar
     check.array("values", values, "S K D", {keys.dtype})
     check.array("positions", positions, "T", INTEGERS)
     heads, kv_heads, dim = (check.sizes[letter] for letter in "HKD")
-    if kv_heads == 0 or heads % kv_heads:
+    check.positive("D", "q")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"attention: q: wanted a multiple of K = {kv_heads} heads, got {heads}")
     if check.backend is cuda and (dim % 8 or dim > cuda.MAX_HEAD_DIM):
         raise ValueError(f"attention: D: wanted a multiple of 8 up to {cuda.MAX_HEAD_DIM} on the GPU, got {dim}")
+    for name, array in (("keys", keys), ("values", values)):
+        if check.backend is cuda and _address(array) % 16:
+            raise ValueError(
+                f"attention: {name}: wanted 16-byte aligned memory on the GPU, got a view off it; use .copy()"
+            )
     check.out("out", out, q.shape, F32)
     return check.backend.attention(q, keys, values, positions, out=out)
 

@@ -6,7 +6,7 @@
 //              N            int32, from 1
 // Constants    none
 // Work         block = one row, 1024 threads; grid R; 256 bytes of shared memory
-// Precision    exact
+// Precision    exact, but for subnormal values, which compare as zero (-ftz=true)
 // Traffic      4 R N bytes
 // Determinism  the result does not depend on the order of comparisons
 // Wrapper cuda.argmax · truth reference.argmax · test tests/test_ops.py · benchmark benchmarks/ops.py

@@ -3,13 +3,14 @@
 //     s[j] = (q[t, h] . keys[j, h K/H]) / sqrt(D)   for j = 0..positions[t]
 //     out[t, h] = sum_j softmax(s)[j] values[j, h K/H]
 //
-// Entry points attention_online       more than 4 queries, or a cache of at most 256 rows: a block a head of a query
+// Entry points attention_online       more than 4 queries, a cache of at most 256 rows, or so many heads that they fill the
+//                                     GPU: a block a head of a query
 //              attention_split        otherwise: that block's keys shared out over Z blocks, so that one query over a long
 //              attention_merge        cache fills the GPU; then their partial results are merged
 // Arguments    out        [T, H, D]  float32; may be q
 //              q          [T, H, D]  float32
-//              keys       [S, K, D]  KV_TYPE
-//              values     [S, K, D]  KV_TYPE
+//              keys       [S, K, D]  KV_TYPE, 16-byte aligned
+//              values     [S, K, D]  KV_TYPE, 16-byte aligned
 //              positions  [T]        int32; query t sees rows 0..positions[t]; one outside 0..S-1 gives NaN
 //              H, K, S               int32, H a multiple of K
 //              scale                 float32, 1/sqrt(D)

@@ -12,7 +12,8 @@
 //              The weight is applied before that rounding (transformers rounds to the storage type first).
 // Error bound  (C/256 + 16) eps32 relative, before the final rounding
 // Traffic      R C (sizeof(X_TYPE) + sizeof(OUT_TYPE)) bytes (the second read of x comes from cache), 4 R C FLOP
-// Limits       |x| < 1.8e19 / sqrt(C), above which the float32 sum of squares overflows
+// Limits       |x| < 1.8e19 / sqrt(C), above which the float32 sum of squares overflows; with eps = 0 also a mean square
+//              above 1.2e-38, below which it is flushed to zero
 // Determinism  fixed order of summation; a row's result does not depend on the other rows
 // Wrapper cuda.rmsnorm · truth reference.rmsnorm · test tests/test_ops.py · benchmark benchmarks/ops.py
 #include "common.cuh"

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 from cuda_cpu import build
 from cuda_cpu.build import SANITIZE, available, unavailable_reason
+from recorder import Recorder
 
 from cuqwen import cuda, launch, ops
 
@@ -260,9 +261,12 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
         monkeypatch.setattr(settings, name, getattr(settings, name))
     # under the sanitizers once is enough: what they look for does not depend on the order
     settings.orders = ORDERS[:1] if os.environ.get(SANITIZE) else ORDERS
+    recorder = Recorder(load_function, empty)
     replaced = {
-        "load_function": load_function,
-        "empty": empty,
+        "load_function": recorder.load_function,
+        "empty": recorder.empty,
+        "record": recorder.record,
+        "copy": recorder.copy,
         "upload": upload,
         "has_gpu": lambda: True,
         "cupy": lambda: None,

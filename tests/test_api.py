@@ -594,3 +594,23 @@ def test_the_whole_context_of_the_demo(demo):
     assert demo.max_context == 2048 and 1 <= len(found) <= 4
     logits = demo.logits([*ids.tolist(), *tokens(found)])
     assert logits[2043:-1].argmax(axis=1).tolist() == tokens(found)
+
+
+# --- what must not come out as plausible text --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_broken_weights_do_not_generate(temperature):
+    model = cuqwen.load("demo", device="cpu")
+    model.network.weights.norm[3] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        model.generate(PROMPT, max_tokens=3, temperature=temperature)
+
+
+def test_repetition_penalty_of_the_file_also_counts_for_greedy(tmp_path, demo):
+    """As in transformers, where it is no part of sampling."""
+    folder = shutil.copytree(checkpoints.DEMO, tmp_path / "demo")
+    (folder / "generation_config.json").write_text('{"do_sample": false, "repetition_penalty": 1.5}')
+    penalised = cuqwen.load(folder, device="cpu").generate(PROMPT, max_tokens=40)
+    assert penalised == demo.generate(PROMPT, max_tokens=40, temperature=0, repetition_penalty=1.5)
+    assert penalised != demo.generate(PROMPT, max_tokens=40, temperature=0)

@@ -292,6 +292,23 @@ def test_qkv_rope_and_qk_norm_scatter_to_rows(side, rng, T, kv):
         assert np.all(np.isnan(got[others].astype(F32)))
 
 
+@pytest.mark.parametrize("k_named", [False, True])
+@pytest.mark.parametrize("v_named", [False, True])
+@pytest.mark.parametrize("S,rows", [(100, [50, 51]), (5, [4, 2, 0, 1, 3]), (9, [8, 0, 3])])
+def test_rows_count_only_for_what_out_names(side, rng, S, rows, k_named, v_named):
+    inputs, at = qkv_inputs(rng, len(rows), 2, 1, 64, 96), side.put(np.array(rows, np.int32))
+    keys, values = (side.put(poisoned((S, 1, 64))) if named else None for named in (k_named, v_named))
+    q, k, v, q_ms, k_ms = run_qkv_rope(side, inputs, out=(None, keys, values, None, None), rows=at)
+    _, k_truth, v_truth, *_ = qkv_truth(**inputs)
+    for got, named, (truth, bound) in ((k, k_named, k_truth), (v, v_named, v_truth)):
+        got = side.get(got)
+        assert_close(got[rows] if named else got, truth, bound)
+        assert not named or np.isnan(got).all(axis=(1, 2)).sum() == S - len(rows)
+    if not k_named:
+        plain, again = ops.qk_norm(q, k, q_ms, k_ms), ops.qk_norm(q, k, q_ms, k_ms, rows=at)
+        assert all(np.array_equal(side.get(a), side.get(b)) for a, b in zip(plain, again, strict=True))
+
+
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_qkv_rope_extreme_scales(side, rng, T, scale):
@@ -540,6 +557,10 @@ def test_real_sizes_on_the_gpu(rng, hidden, heads, kv_heads, ffn, T):
     (lambda a: ops.matmul(a(2, 4, dtype=BF16), a(3, 4)), TypeError, "matmul: x: wanted dtype .*, got bfloat16"),
     (lambda a: ops.matmul(a(2, 4), a(3, 4), residual=a(2, 2)), ValueError, r"matmul: residual: wanted shape \[2, 3\]"),
     (lambda a: ops.embed(a(2), a(3, 4)), TypeError, "embed: ids: wanted dtype .*, got float32"),
+    (lambda a: ops.rmsnorm(a(2, 4), a(4), "1e-6"), TypeError, "rmsnorm: eps: wanted a number, got str"),
+    (lambda a: ops.attention(a(1, 2, 0), a(4, 2, 0), a(4, 2, 0), a(1, dtype=np.int32)), ValueError, "attention: q: wanted at least one"),
+    (lambda a: ops.attention(a(1, 0, 8), a(4, 2, 8), a(4, 2, 8), a(1, dtype=np.int32)), ValueError, "attention: q: wanted a multiple"),
+    (lambda a: ops.argmax(a(2, 3), out=a(2, dtype=np.float64)), TypeError, "argmax: out: wanted dtype int32"),
     (lambda a: ops.silu_mul(a(2), a(3)), ValueError, r"silu_mul: up: wanted shape \[2\], got \[3\]"),
     (lambda a: ops.argmax(a(0)), ValueError, "argmax: x: wanted at least one"),
     (lambda a: ops.attention(a(1, 3, 8), a(4, 2, 8), a(4, 2, 8), a(1, dtype=np.int32)), ValueError, "attention: q: wanted a multiple of K = 2 heads, got 3"),
@@ -568,5 +589,8 @@ def test_refusals_that_only_kernels_make(side, rng):
         ops.attention(a(1, 1, 12), a(1, 1, 12), a(1, 1, 12), ids)
     with pytest.raises(ValueError, match="qkv_rope: D: wanted a multiple of 4 up to 256 on the GPU, got 6"):
         ops.qkv_rope(a(1, 4), a(6, 4), a(6, 4), a(6, 4), a(9, 3), a(9, 3), ids)
+    off = side.put(np.zeros(65, BF16))[1:].reshape(1, 1, 64)
+    with pytest.raises(ValueError, match="attention: keys: wanted 16-byte aligned memory"):
+        ops.attention(a(1, 1, 64), off, off, ids)
     with pytest.raises(TypeError, match="embed: ids: wanted dtype int32, got int64"):
         ops.embed(side.put(np.zeros(1, np.int64)), a(2, 2))

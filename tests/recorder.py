@@ -1,0 +1,70 @@
+"""A CUDA graph's stand-in for the emulator: launches are noted while `work` runs and started again at each replay.
+
+As on a GPU, a recorded launch holds bare pointers. Memory allocated while recording stays with the recording; of all other
+memory only a weak reference is kept, and a replay that would touch memory which has been freed meanwhile is an error.
+"""
+
+import weakref
+
+import numpy as np
+
+
+class Recorder:
+    def __init__(self, load_function, empty):
+        self._load_function, self._empty = load_function, empty
+        self._calls, self._pool = None, None
+
+    def load_function(self, file, entry, defines):
+        start = self._load_function(file, entry, defines)
+
+        def launch(grid, block, args, shared_bytes=0):
+            if self._calls is None:
+                start(grid, block, args, shared_bytes)
+            else:
+                self._calls.append((start, grid, block, [self._pointer(arg) for arg in args], shared_bytes))
+
+        return launch
+
+    def empty(self, shape, dtype):
+        array = self._empty(shape, dtype)
+        if self._pool is not None:
+            self._pool.append(_owner(array))
+        return array
+
+    def record(self, work):
+        self._calls, self._pool = [], []
+        result = work()
+        calls, pool = self._calls, self._pool
+        self._calls = self._pool = None
+
+        def replay(keep=pool):
+            for start, grid, block, pointers, shared_bytes in calls:
+                start(grid, block, tuple(_array(pointer) for pointer in pointers), shared_bytes)
+
+        return replay, result
+
+    @staticmethod
+    def copy(target, source):
+        target[...] = source
+
+    @staticmethod
+    def _pointer(arg):
+        if not isinstance(arg, np.ndarray):
+            return arg
+        owner = _owner(arg)
+        return weakref.ref(owner), arg.ctypes.data - owner.ctypes.data, arg.shape, arg.dtype
+
+
+def _owner(array):
+    while array.base is not None:
+        array = array.base
+    return array
+
+
+def _array(pointer):
+    if not isinstance(pointer, tuple):
+        return pointer
+    reference, offset, shape, dtype = pointer
+    owner = reference()
+    assert owner is not None, f"a recorded launch reads or writes freed memory, once {shape} of {dtype}"
+    return np.ndarray(shape, dtype, owner, offset)
