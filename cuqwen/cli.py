@@ -138,20 +138,15 @@ def _generate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     started = time.perf_counter()
     model = _load(options)
     loaded = time.perf_counter()
-    steps = model.stream(
-        _as_prompt(prompt, model, options),
-        max_tokens=options.max_tokens,
-        stop=options.stop,
-        enable_thinking=False if options.no_think else None,
-        **arguments,
-    )
+    ids = _encode(prompt, model, options)
+    steps = model.stream(ids, max_tokens=options.max_tokens, stop=options.stop, **arguments)
     taken = _print_steps(steps, silent=options.json)
     timings = {"load_seconds": loaded - started, **_timings(taken, loaded)}
     if options.json:
-        report = _report(options, model, [step for step, _ in taken], timings)
+        report = _report(options, model, len(ids), [step for step, _ in taken], timings)
         _write(json.dumps(report, ensure_ascii=False) + "\n")
     if not options.quiet:
-        print(_statistics(model, len(taken), timings), file=sys.stderr)
+        print(_statistics(model, len(ids), len(taken), timings), file=sys.stderr)
 
 
 def _sampling_arguments(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -233,12 +228,14 @@ def _load(options: argparse.Namespace) -> Model:
             bar.close()
 
 
-def _as_prompt(prompt: str, model: Model, options: argparse.Namespace) -> str | list[dict[str, Any]]:
-    """The prompt as it stands, or as chat messages where the checkpoint has a template for them."""
-    if options.raw or not (model.tokenizer.has_chat_template or options.system is not None or options.no_think):
-        return prompt
-    system = [] if options.system is None else [{"role": "system", "content": options.system}]
-    return [*system, {"role": "user", "content": prompt}]
+def _encode(prompt: str, model: Model, options: argparse.Namespace) -> list[int]:
+    """Token ids of the prompt as it stands, or put through the chat template where the checkpoint has one."""
+    tokenizer = model.tokenizer
+    if not options.raw and (tokenizer.has_chat_template or options.system is not None or options.no_think):
+        system = [] if options.system is None else [{"role": "system", "content": options.system}]
+        messages = [*system, {"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, enable_thinking=False if options.no_think else None)
+    return tokenizer.encode(prompt)
 
 
 def _print_steps(steps: Any, *, silent: bool) -> list[tuple[Step, float]]:
@@ -277,24 +274,30 @@ def _timings(taken: list[tuple[Step, float]], loaded: float) -> dict[str, float]
     return {"first_token_seconds": first - loaded, "decode_seconds": last - first, "tokens_per_second": rate}
 
 
-def _report(options: argparse.Namespace, model: Model, steps: list[Step], timings: dict[str, float]) -> dict[str, Any]:
+def _report(
+    options: argparse.Namespace, model: Model, prompt_tokens: int, steps: list[Step], timings: dict[str, float]
+) -> dict[str, Any]:
     return {
         "text": "".join(step.text for step in steps),
         "tokens": [step.token for step in steps],
         "finish_reason": steps[-1].finish_reason,
+        "prompt_tokens": prompt_tokens,
         "model": options.model,
         "device": model.device,
         "timings": {key: round(value, 6) for key, value in timings.items()},
     }
 
 
-def _statistics(model: Model, tokens: int, timings: dict[str, float]) -> str:
+def _statistics(model: Model, prompt_tokens: int, tokens: int, timings: dict[str, float]) -> str:
     from cuqwen import launch
 
     rate = timings["tokens_per_second"]
-    parts = [f"load {timings['load_seconds']:.2f} s", f"first token {1e3 * timings['first_token_seconds']:.0f} ms"]
+    parts = [
+        f"load {timings['load_seconds']:.2f} s",
+        f"prompt {prompt_tokens} tok · {1e3 * timings['first_token_seconds']:.0f} ms",
+    ]
     if rate:
-        bandwidth = rate * model.network.read_bytes_per_token(tokens)
+        bandwidth = rate * model.network.read_bytes_per_token(prompt_tokens + tokens // 2)
         parts += [f"{tokens} tok · {rate:,.0f} tok/s · {bandwidth / 1e9:.1f} GB/s"]
         peak = launch.peak_bandwidth() if model.device == "cuda" else 0.0  # some GPUs report none
         if peak:

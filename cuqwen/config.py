@@ -144,7 +144,8 @@ class GenerationConfig:
     """The sampling which a checkpoint recommends, and its end tokens. None: the file says nothing.
 
     Only these keys of `generation_config.json` are read; they are recommendations, so nothing of the model's
-    mathematics depends on the others. `eos_token_id` and `repetition_penalty` always count, the others where `do_sample` is true.
+    mathematics depends on the others. `eos_token_id` and `repetition_penalty` always count, the others where `do_sample`
+    is true.
     """
 
     eos_token_id: tuple[int, ...]

@@ -13,3 +13,4 @@ done
 python3 -m benchmarks.accuracy --output "$out/accuracy.json" || exit 1
 python3 -m benchmarks.ops --output "$out/ops.json"
 python3 -m benchmarks.generate --output "$out/generate.json"
+python3 -m benchmarks.decode --output "$out/decode.json"

@@ -255,6 +255,10 @@ fault(
     '"qkv_rope_tile", types, (_blocks(tokens, 32), heads + 2 * kv_heads - 1)', QKV_TEST,
 )
 fault(
+    "launch-rows-without-a-name", CUDA, "target = None if out[1] is None else rows", "target = rows",
+    "ops::rows_count_only_for_what_out_names",
+)
+fault(
     "launch-eps-default", CUDA, "np.int32(width), np.float32(eps))", "np.int32(width), np.float32(1e-6))",
     "model::kernels_compute_what_the_reference_computes[emulated-head_64_large_eps]",
 )
@@ -327,7 +331,10 @@ fault(
     "reshape(len(at), -1, k.shape[0], dim).transpose(2, 1, 0, 3)", TRUTH,
     also=[(".transpose(2, 0, 1, 3)", ".transpose(2, 1, 0, 3)")],
 )
-fault("reference-without-maximum", REFERENCE, "        scores -= scores.max(axis=-1, keepdims=True)\n", "", SCORES)
+fault(
+    "reference-without-maximum", REFERENCE, "        scores -= scores.max(axis=-1, keepdims=True)\n", "", SCORES,
+    "model::kernels_compute_what_the_reference_computes[emulated-tied_redundant_head]",
+)
 fault(
     "reference-block-positions", REFERENCE, "positions[first : first + block]", "positions[:block][: tokens - first]",
     "transformers::a_prompt_cut_short_has_the_same_logits[numpy-head_128-float64]",
@@ -391,6 +398,13 @@ fault(
     also=[("        logits = self.step(", "        cache.length = stop\n        logits = self.step(")],
 )
 fault("model-one-cache-for-all-layers", MODEL, "cache.layer(index)", "cache.layer(0)", PIECES)
+DECODE, RECORDED = "cuqwen/decode.py", "model::recorded_steps_equal_single_launches"
+fault(
+    "decoder-position-one-behind", DECODE, "positions[self.cache.length :]", "positions[self.cache.length - 1 :]",
+    RECORDED,
+)
+fault("decoder-length-not-advanced", DECODE, "        self.cache.length += 1\n", "", RECORDED)
+fault("decoder-table-freed", DECODE, "self.model.cos", "None", RECORDED)
 fault(
     "cache-keys-are-values", CACHE, "self.keys, self.values = empty(shape, dtype), empty(shape, dtype)",
     "self.keys = self.values = empty(shape, dtype)", TRUTH,
@@ -428,6 +442,10 @@ fault(
 fault(
     "greedy-ids-beyond-the-tokenizer", GENERATE, "logits[0, :n_ids]", "logits[0]",
     "api::ids_without_a_token_are_never_drawn",
+)
+fault(
+    "nan-chosen-as-a-token", GENERATE, "sampling.is_argmax and not first", "sampling.is_argmax",
+    "api::broken_weights_do_not_generate",
 )
 fault(
     "prompt-chunk-drops-a-token", GENERATE, "ids[first : first + PROMPT_CHUNK]",
@@ -538,7 +556,11 @@ fault(
     "views-accepted", OPS, "if backend is cuda and not array.flags.c_contiguous:", "if False:",
     "ops::refusals_that_only_kernels_make",
 )
-fault("heads-unchecked", OPS, "if kv_heads == 0 or heads % kv_heads:", "if kv_heads == 0:", "ops::refusals")
+fault("heads-unchecked", OPS, "heads == 0 or heads % kv_heads:", "heads == 0:", "ops::refusals")
+fault(
+    "misaligned-cache-accepted", OPS, "is cuda and _address(array) % 16:", "is cuda and False:",
+    "ops::refusals_that_only_kernels_make",
+)
 fault("negative-eps-accepted", OPS, "if not 0 <= eps <", "if not -1 <= eps <", "ops::refusals")
 # fmt: on
 
