@@ -132,7 +132,8 @@ class Model:
         that says nothing the most likely token is taken (temperature 0) and no filter applies. An explicit value wins; with
         any of the filters given but no temperature anywhere, the temperature is 1.
         presence_penalty, frequency_penalty: subtracted from the logits of tokens already generated (once; per occurrence).
-        seed: the same seed gives the same tokens. stop: strings that end the answer; they are not part of the text.
+        seed: the same seed gives the same tokens (on the GPU for the same `max_tokens`: the order in which attention sums
+        follows the size of the cache, and a near tie may fall the other way). stop: strings that end the answer; they are not part of the text.
 
         All arguments are checked before the first token is computed. Raises ValueError (an empty prompt, impossible values,
         prompt and max_tokens beyond `max_context`), TypeError, MemoryError.

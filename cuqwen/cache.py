@@ -1,7 +1,7 @@
 """The KV cache: the one place that states its layout.
 
 `keys` and `values` are [L, S, K, D]: for each layer the rows of all positions, each row all KV heads. New rows of a layer
-are one contiguous block, so the kernels write k and v straight into it, and any run of positions can be read as one piece.
+are one contiguous block, so the kernels write k and v straight into it; any run of positions can be read as one piece.
 """
 
 from __future__ import annotations

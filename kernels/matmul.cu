@@ -16,6 +16,7 @@
 // Traffic      N C sizeof(W_TYPE) + 4 T (C + N) bytes at least, 2 T N C FLOP
 // Determinism  fixed order of summation. Within an entry point a row's result does not depend on the other rows; the
 //              two entry points sum in different orders and so differ within the error bound
+// Limits       matmul_tile: T up to 64 x 65,535 rows, the largest grid
 // Wrapper cuda.matmul · truth reference.matmul · test tests/test_ops.py · benchmark benchmarks/ops.py
 #include "dot.cuh"
 
