@@ -133,7 +133,8 @@ class Model:
         any of the filters given but no temperature anywhere, the temperature is 1.
         presence_penalty, frequency_penalty: subtracted from the logits of tokens already generated (once; per occurrence).
         seed: the same seed gives the same tokens (on the GPU for the same `max_tokens`: the order in which attention sums
-        follows the size of the cache, and a near tie may fall the other way). stop: strings that end the answer; they are not part of the text.
+        follows the size of the cache, and a near tie may fall the other way).
+        stop: strings that end the answer; they are not part of the text.
 
         All arguments are checked before the first token is computed. Raises ValueError (an empty prompt, impossible values,
         prompt and max_tokens beyond `max_context`), TypeError, MemoryError.
