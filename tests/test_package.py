@@ -188,7 +188,8 @@ def test_editable_install(source, tmp_path, empty):
         != "None\n"
     ):
         pytest.skip("cuqwen is installed in this environment, which hides the editable one")
-    prologue = FORGET_CUQWEN + f"import site; site.addsitedir({str(site)!r})\n"  # .pth files count only there
+    # .pth files count only in site folders; first in the path, since the finder of any editable cuqwen has the same name
+    prologue = FORGET_CUQWEN + f"import site; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})\n"
     check_installation(None, source / "cuqwen", empty, prologue)
 
 
