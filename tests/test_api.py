@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import cuqwen
+from cuqwen import generate
 
 PROMPT = "In the beginning"
 N = 32  # tokens of the text that most tests look at
@@ -253,6 +254,32 @@ def test_complete_characters_only(tiny):
         assert len(found) == 60 or found[-1].finish_reason == "stop"
 
 
+def test_a_character_that_stays_incomplete_is_shown_at_the_end(tiny):
+    """Cut at max_tokens after the first byte of a character: the text is still that of all tokens."""
+    cuts = 0
+    for seed in range(4):
+        arguments = {"prompt": "é", "temperature": 1.5, "seed": seed}
+        ids = tokens(tiny.stream(**arguments, max_tokens=60))
+        for cut in range(1, len(ids)):
+            found = list(tiny.stream(**arguments, max_tokens=cut))
+            if tiny.tokenizer.decode(ids[:cut])[-1:] == "\ufffd" and found[-1].finish_reason == "length":
+                cuts += 1
+                assert "".join(step.text for step in found) == tiny.tokenizer.decode(ids[:cut])
+                break
+    assert cuts > 0
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 19, 20, 21])
+def test_a_prompt_is_read_in_chunks(tiny, monkeypatch, chunk):
+    """Of any length: each token goes in once, and the last one's logits come out."""
+    monkeypatch.setattr(generate, "PROMPT_CHUNK", chunk)
+    ids = list(range(40, 60))
+    cache = tiny.network.new_cache(len(ids))
+    logits, truth = generate._read_prompt(tiny.network, ids, cache), tiny.logits(ids)[-1:]
+    assert cache.length == len(ids) and logits.shape == truth.shape
+    assert np.max(np.abs(logits - truth)) <= 1e-4 * np.max(np.abs(truth))
+
+
 def test_end_ids_of_generation_config(tmp_path, steps):
     """The second of two end ids ends it; its record is there, its text is not."""
     ids = tokens(steps)
@@ -489,6 +516,7 @@ def test_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path, steps)
 def test_ids_without_a_token_are_never_drawn(copy):
     checkpoints.write_tokenizer(copy, 300)  # of 517 rows
     model = cuqwen.load(copy, device="cpu")
+    model.network.weights.lm_head[300:] *= 50  # would win, if they took part
     for temperature in (0, 1.0, 1000.0):
         assert max(tokens(model.stream("a", max_tokens=100, temperature=temperature, seed=0))) < 300
 

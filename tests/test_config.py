@@ -247,6 +247,7 @@ def test_qwen2_head_dim():
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, ["rope_parameters.full_attention"]),
         ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}}, ["partial_rotary_factor", "0.25"]),
         ({"use_sliding_window": True, "sliding_window": 4096}, ["use_sliding_window", "4096", "layer 25 of 28"]),
+        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 27}, ["layer 27 of 28"]),
         ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, ["layer_types[27]", "full attention"]),
         ({"layer_types": ["linear_attention"] * 28}, ["layer_types[0]", "linear_attention"]),
         ({"torch_dtype": "float8_e4m3fn"}, ["torch_dtype", "float8_e4m3fn", "unquantised"]),

@@ -7,6 +7,7 @@ from checkpoints import DEMO, SPECS, write
 
 import cuqwen
 from cuqwen import weights
+from cuqwen.cache import KVCache
 from cuqwen.config import Config
 from cuqwen.decode import Decoder
 from cuqwen.model import Device, Qwen3
@@ -77,6 +78,30 @@ def test_demo_on_kernels_with_a_bf16_cache(kernels):
     own = error(run(load(DEMO, Device.cpu(), np.float32), [24], ids), exact)
     got = run(load(DEMO, kernels(), ml_dtypes.bfloat16), [20, 1, 3], ids)
     assert error(got, exact) <= 1.25 * error(rounded, exact) + 4 * own
+
+
+def test_k_is_rounded_once(kernels):
+    """After its norm and rotation. The keys of layer 0 depend on nothing else that is rounded."""
+    ids = np.arange(100, 140)
+
+    def keys(device, kv_dtype):
+        network = load(DEMO, device, kv_dtype)
+        cache = network.new_cache(len(ids))
+        network.forward(network.device.upload(ids.astype(np.int32)), cache)
+        return host(cache.keys)[0].astype(np.float64)
+
+    truth = keys(Device.cpu(np.float64), np.float64)
+    half_ulp = 2.0 ** (np.floor(np.log2(np.abs(truth))) - 8)  # bf16 has 8 significant bits
+    slack = 1e-5 * np.max(np.abs(truth), axis=-1, keepdims=True)  # float32's error before the rounding
+    for device in (Device.cpu, kernels):
+        assert np.all(np.abs(keys(device(), ml_dtypes.bfloat16) - truth) <= half_ulp + slack)
+
+
+def test_bytes_per_token_are_those_of_the_cache():
+    network = load(DEMO, Device.cpu(), np.float32)
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        cache = KVCache(network.config, 7, dtype, np.empty)
+        assert 7 * KVCache.bytes_per_token(network.config, dtype) == cache.keys.nbytes + cache.values.nbytes
 
 
 @pytest.mark.parametrize("pieces", [[1] * 40, [39, 1], [1, 39], [7, 13, 20]])

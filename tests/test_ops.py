@@ -4,6 +4,8 @@ Sides: the NumPy reference; the CUDA sources run on the CPU; with `-m gpu` the s
 the bounds in the heads of the kernels: so many roundings (eps32 = 2**-24 each) of the sum of absolute terms.
 """
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -173,6 +175,32 @@ def test_matmul_residual_in_place(side, rng, T):
     assert_close(got, truth, bound + EPS32 * np.abs(truth))
 
 
+def anywhere(side, array):
+    """The array at an address that is a multiple of its element's size and of nothing more."""
+    memory = np.zeros(array.size + 1, array.dtype)
+    memory[1:] = array.reshape(-1)
+    return side.put(memory)[1:].reshape(array.shape)
+
+
+@pytest.mark.parametrize("T", [1, 6])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_arrays_that_start_anywhere(side, rng, T, dtype):
+    """Rows that fit loads of 16 bytes by their length but not by their address."""
+    x, weight = random(rng, (T, 64)), random(rng, (40, 64), dtype)
+    truth, bound = wide(x) @ wide(weight).T, 64 * EPS32 * (np.abs(wide(x)) @ np.abs(wide(weight)).T)
+    assert_close(side.get(ops.matmul(side.put(x), anywhere(side, weight))), truth, bound)
+    assert_close(side.get(ops.matmul(anywhere(side, x), side.put(weight))), truth, bound)
+    inputs = qkv_inputs(rng, T, 2, 1, 64, 64, dtype)
+    truth = qkv_truth(**inputs)
+    x, projections = side.put(inputs["x"]), [anywhere(side, proj) for proj in inputs["projections"]]
+    tables, positions = map(side.put, inputs["tables"]), side.put(inputs["positions"])
+    got = ops.qkv_rope(
+        x, *projections, *tables, positions, q_norm=side.put(inputs["gains"][0]), k_norm=side.put(inputs["gains"][1])
+    )
+    for array, (value, error) in zip(got, truth, strict=True):
+        assert_close(side.get(array), value, error)
+
+
 @pytest.mark.parametrize("T", [2, 6])
 def test_matmul_of_rows_that_are_not_aligned(side, rng, T):
     x, weight = side.put(random(rng, (T + 1, 33))), side.put(random(rng, (11, 33), BF16))
@@ -309,6 +337,38 @@ def test_rows_count_only_for_what_out_names(side, rng, S, rows, k_named, v_named
         assert all(np.array_equal(side.get(a), side.get(b)) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.parametrize("T", [3, 6])
+def test_rows_beyond_the_cache(side, rng, T):
+    """NumPy refuses them; a kernel does not store such a token, and nothing beside the cache."""
+    inputs, rows = qkv_inputs(rng, T, 2, 2, 64, 96), np.arange(T, dtype=np.int32)
+    rows[:2] = -1, T
+    memory = [side.put(poisoned((T + 2, 2, 64), BF16)) for _ in range(3)]
+    keys, values, normed = (array[1 : T + 1] for array in memory)
+    at = side.put(rows)
+    if side is Reference:
+        with pytest.raises(ValueError, match="rows: wanted"):
+            run_qkv_rope(side, inputs, out=(None, keys, None, None, None), rows=at)
+        return
+    q, *_, q_ms, k_ms = run_qkv_rope(side, inputs, out=(None, keys, values, None, None), rows=at)
+    ops.qk_norm(q, q, q_ms, k_ms, rows=at, out=(None, normed))
+    for array in memory:
+        got = side.get(array).astype(F32)
+        assert np.all(np.isnan(got[[0, 1, 2, T + 1]])) and np.all(np.isfinite(got[3 : T + 1]))
+
+
+@pytest.mark.parametrize("head_dim,theta", [(128, 1e6), (64, 1e4), (2, 5e6)])
+def test_rope_table_is_rounded_once_near_and_far(head_dim, theta):
+    """Half a unit in the last place of a number below 1, and float64's error in an angle of 40,959 rad."""
+    cos, sin = rope_table(head_dim, 40960, theta)
+    assert cos.shape == sin.shape == (40960, head_dim // 2) and cos.dtype == sin.dtype == F32
+    assert np.all(cos[0] == 1) and np.all(sin[0] == 0)
+    for position in (1, 2, 511, 40959):
+        for i in {0, head_dim // 6, head_dim // 2 - 1}:
+            angle = position * theta ** (-2 * i / head_dim)
+            assert abs(cos[position, i] - math.cos(angle)) <= 2.0**-25 + 2e-11
+            assert abs(sin[position, i] - math.sin(angle)) <= 2.0**-25 + 2e-11
+
+
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_qkv_rope_extreme_scales(side, rng, T, scale):
@@ -403,7 +463,7 @@ def test_attention(side, rng, T, H, K, D, start, kv):
     assert_close(side.get(out), *attention_truth(q, keys, values, positions))
 
 
-@pytest.mark.parametrize("scale", [1e-20, 30.0])
+@pytest.mark.parametrize("scale", [1e-20, 30.0, 300.0])
 def test_attention_extreme_scores(side, rng, scale):
     """From all scores equal to one score winning by hundreds."""
     q, keys = random(rng, (3, 2, 64), scale=scale), random(rng, (90, 1, 64), BF16)
