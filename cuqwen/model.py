@@ -1,7 +1,7 @@
 """Qwen3's forward pass, in operation names. The CPU and the GPU take the same path: a device brings its operations along.
 
 The operations are called behind the door of `ops`: shapes and types follow from the configuration, against which the
-weights were checked when they were read, and checking each of some 300 calls a token would cost as much as launching it.
+weights were checked when they were read. Checking every call took a seventh of demo's time on the CPU (profiled).
 """
 
 from __future__ import annotations

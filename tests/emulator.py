@@ -108,7 +108,7 @@ def load_function(
     that the parameter cannot take, ValueError for a grid or block that a GPU refuses, KernelError for what goes wrong
     inside. With `cooperative` all blocks run at once and may wait for each other.
     """
-    library = build.library(file, defines)
+    library = build.kernel_library(file, defines)
     try:
         describe = getattr(library, f"emu_kernel_{entry}")
     except AttributeError:

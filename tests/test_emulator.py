@@ -227,7 +227,7 @@ def test_the_fallback_without_assembly(monkeypatch):
     """Other processors switch fibres by swapcontext; the same kernel, the same results."""
     flags = (*build.compile_flags(), "-DEMU_UCONTEXT")
     monkeypatch.setattr(build, "compile_flags", lambda: flags)
-    caches = (build.runtime, build.library, emulator.load_function)
+    caches = (build.runtime, build.kernel_library, emulator.load_function)
     for cache in caches:
         cache.cache_clear()
     try:

@@ -264,6 +264,13 @@ def qkv_truth(x, projections, tables, positions, biases, gains):
     return *results, squares[0], squares[1]
 
 
+def norm_bound(head, squares, eps=1e-6):
+    """The bound on a / sqrt(ms + eps), from those of a and ms (see `qkv_truth`) and the roundings of the division."""
+    (a, error), (ms, ms_error) = head, squares
+    scale, relative = 1 / np.sqrt(ms + eps)[..., None], (ms_error / (2 * (ms + eps)))[..., None]
+    return (error + np.abs(a) * (relative + 6 * EPS32)) * scale
+
+
 def run_qkv_rope(side, inputs, out=(None,) * 5, rows=None):
     biases, gains = ([side.put(v) for v in inputs[key]] for key in ("biases", "gains"))
     return ops.qkv_rope(
@@ -308,15 +315,12 @@ def test_qkv_rope_and_qk_norm_scatter_to_rows(side, rng, T, kv):
     q, k, v, q_ms, k_ms = run_qkv_rope(side, inputs, out=(None, None, values, None, None), rows=at)
     assert v is values and k.shape == (T, 1, 64)
     assert ops.qk_norm(q, k, q_ms, k_ms, rows=at, out=(q, keys))[1] is keys
-    _, (k, k_bound), (v, v_bound), _, (k_ms, _) = qkv_truth(**inputs)
-    scale = 1 / np.sqrt(k_ms + float(F32(1e-6)))[..., None]
+    _, k, (v, v_bound), _, k_ms = qkv_truth(**inputs)
+    normed = k[0] / np.sqrt(k_ms[0] + float(F32(1e-6)))[..., None]
     others = np.setdiff1d(np.arange(9), rows)
-    for cache, truth, bound in ((keys, k * scale, (2 * k_bound + 8 * EPS32 * np.abs(k)) * scale), (values, v, v_bound)):
+    for cache, truth, bound in ((keys, normed, norm_bound(k, k_ms)), (values, v, v_bound)):
         got = side.get(cache)
-        if cache is values:
-            assert_close(got[rows], truth, bound)
-        else:  # the mean square's own error is C roundings of a sum of squares at most
-            assert_close(got[rows], truth, bound + 96 * EPS32 * np.abs(truth) * 2)
+        assert_close(got[rows], truth, bound)
         assert np.all(np.isnan(got[others].astype(F32)))
 
 
@@ -417,14 +421,15 @@ def test_the_two_steps_equal_the_published_order(side, rng, T):
     inputs = qkv_inputs(rng, T, H, H, D, C)
     q, k, _, q_ms, k_ms = run_qkv_rope(side, inputs)
     got = ops.qk_norm(q, k, q_ms, k_ms, eps)
+    q_truth, k_truth, _, q_squares, k_squares = qkv_truth(**inputs)
+    bounds = [norm_bound(q_truth, q_squares), norm_bound(k_truth, k_squares)]
     cos, sin = (wide(t)[inputs["positions"]][:, None] for t in inputs["tables"])
     for array, proj, gain in zip(got, inputs["projections"], inputs["gains"], strict=False):
         a = (wide(inputs["x"]) @ wide(proj).T).reshape(T, H, D)
         a = a / np.sqrt(np.mean(a * a, -1, keepdims=True) + eps) * gain
         low, high = a[..., : D // 2], a[..., D // 2 :]
         truth = np.concatenate((low * cos - high * sin, high * cos + low * sin), -1)
-        size = np.concatenate((np.abs(low) + np.abs(high),) * 2, -1) + 96.5  # 96.5 x elements of order 1
-        assert_close(side.get(array), truth, C * EPS32 * size)
+        assert_close(side.get(array), truth, bounds.pop(0))
 
 
 # -------------------------------------------------------------------------------------------- attention

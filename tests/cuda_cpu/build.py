@@ -148,7 +148,7 @@ def source(file: str) -> str:
 
 
 @functools.cache
-def library(file: str, defines: launch.Defines) -> ctypes.CDLL:
+def kernel_library(file: str, defines: launch.Defines) -> ctypes.CDLL:
     text = source(file)
     options = [f"-D{name}={value}" for name, value in defines]
 
