@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cuqwen import launch
-from cuqwen.decode import Decoder
+from cuqwen.decode import Choice, Decoder
 from cuqwen.model import Qwen3
-from cuqwen.sampling import Sampler, Sampling
+from cuqwen.sampling import Sampling
 from cuqwen.tokenizer import Tokenizer
 
 # Prompt tokens that go through the model together: bounds the workspace, and an interrupt takes effect between two.
@@ -77,11 +76,12 @@ def generate_steps(
     Ends after a token of `end_ids`, after a string of `stop`, or at `max_tokens`. The caller has checked the arguments.
     """
     cache = model.new_cache(len(prompt) + max_tokens)
-    sampler = Sampler(sampling, prompt, tokenizer.n_ids)
-    stream, stops, decoder = tokenizer.stream(), StopStrings(stop), Decoder(model, cache)
+    choice = Choice(model, sampling, prompt, tokenizer.n_ids, max_tokens)
+    stream, stops, decoder = tokenizer.stream(), StopStrings(stop), Decoder(model, cache, choice)
     logits = _read_prompt(model, prompt, cache)
+    choice(logits, decoder.ids)
     for count in range(1, max_tokens + 1):
-        token, ids = _choose(model, logits, sampler, tokenizer.n_ids, first=count == 1)
+        token = choice.read(logits, decoder.ids)
         last = count == max_tokens
         ended = token in end_ids
         text, stopped = stops.push("" if ended else stream.push(token))
@@ -92,7 +92,7 @@ def generate_steps(
             yield Step(text, token, "stop" if ended or stopped else "length")
             return
         yield Step(text, token)
-        logits = decoder.step(ids)
+        logits = decoder.step(decoder.ids)
 
 
 def _read_prompt(model: Qwen3, prompt: Sequence[int], cache: Any) -> Any:
@@ -102,17 +102,3 @@ def _read_prompt(model: Qwen3, prompt: Sequence[int], cache: Any) -> Any:
         chunk = ids[first : first + PROMPT_CHUNK]
         logits = model.forward(chunk, cache, rows=int(first + len(chunk) == len(prompt)))
     return logits
-
-
-def _choose(model: Qwen3, logits: Any, sampler: Sampler, n_ids: int, *, first: bool) -> tuple[int, Any]:
-    """The next token, for the host and as ids [1] on the device. The read of it is the step's only wait for the GPU.
-
-    The first one always goes through the sampler, which raises ValueError for logits that are not finite: broken weights
-    must not come out as plausible tokens.
-    """
-    if sampler.sampling.is_argmax and not first:
-        ids = model.device.operations.argmax(logits[0, :n_ids].reshape(1, -1))
-        return int(ids[0]), ids
-    row = logits[0].get() if launch.is_gpu_array(logits) else logits[0]
-    token = sampler.sample(row)
-    return token, model.device.upload(np.array([token], np.int32))

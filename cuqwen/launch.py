@@ -20,6 +20,9 @@ KERNEL_FOLDER = next(
     Path(__file__).parent / "kernels",
 )
 
+# What a launch may ask for without being allowed more first.
+DEFAULT_SHARED_BYTES = 48 << 10
+
 Launch = Callable[..., None]
 Defines = tuple[tuple[str, str], ...]
 
@@ -75,11 +78,13 @@ def load_function(file: str, entry: str, defines: Defines) -> Launch:
 
     def launch(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_bytes: int = 0) -> None:
         for i, arg in enumerate(args):
-            if isinstance(arg, (bool, int, float)):
+            if isinstance(arg, (bool, int, float)) and not isinstance(arg, np.generic):  # np.float64 is a float
                 # CuPy would hand over 8 bytes: a float parameter would read half of a double
                 raise TypeError(
                     f"{entry}: argument {i} is a bare {type(arg).__name__}; wanted a NumPy scalar or an array"
                 )
+        if shared_bytes > DEFAULT_SHARED_BYTES:
+            function.max_dynamic_shared_size_bytes = shared_bytes  # CuPy remembers the value: later calls cost little
         function(grid, block, args, shared_mem=shared_bytes)
 
     return launch
@@ -129,9 +134,40 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     return cupy().empty(shape, dtype)
 
 
+WORKSPACE_COUNTERS = 4096
+_workspaces: dict[tuple[int, int], Any] = {}  # by device and stream
+
+
+def workspace() -> Any:
+    """int32 [4096] on the GPU, for kernels whose last block to finish sums up what the others left: counters of blocks.
+
+    It is all zeros, and a kernel that uses it must leave it so. There is one for each stream, where launches follow each
+    other, and one for each recording.
+    """
+    cp = cupy()
+    key = cp.cuda.Device().id, cp.cuda.get_current_stream().ptr
+    if key not in _workspaces:
+        _workspaces[key] = _zeros(WORKSPACE_COUNTERS)
+    return _workspaces[key]
+
+
+def _zeros(size: int) -> Any:
+    """int32 zeros that are there when this returns, also while the current stream is being captured."""
+    cp = cupy()
+    with cp.cuda.Stream(non_blocking=True) as stream:
+        array = cp.zeros(size, np.int32)
+        stream.synchronize()
+    return array
+
+
 def upload(array: np.ndarray) -> Any:
     """A copy of a NumPy array on the GPU, same shape and dtype."""
     return cupy().asarray(array)
+
+
+def address(array: Any) -> int:
+    """Where the elements of a CuPy or NumPy array begin."""
+    return array.data.ptr if is_gpu_array(array) else array.ctypes.data
 
 
 def is_gpu_array(array: Any) -> bool:
@@ -149,12 +185,15 @@ def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 
     `work` must not wait for the GPU and must have run before, so that its kernels are compiled. It is not executed here.
     Its temporary arrays come from a memory pool of the graph's own, which nothing else can hand out again; the launcher
-    keeps it, and all arrays that it has handed out keep it too.
+    keeps it, and all arrays that it has handed out keep it too. For their sake, and for that of the graph's `workspace`,
+    two launches of one graph must follow each other and not overlap.
     """
     cp = cupy()
     cp.get_default_memory_pool().free_all_blocks()  # the graph's own pool cannot take its idle blocks
     pool, stream = cp.cuda.MemoryPool(), cp.cuda.Stream(non_blocking=True)
     with cp.cuda.using_allocator(pool.malloc), stream:
+        key = cp.cuda.Device().id, stream.ptr
+        counters = _workspaces[key] = _zeros(WORKSPACE_COUNTERS)
         stream.begin_capture()
         try:
             result = work()
@@ -162,9 +201,11 @@ def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             with contextlib.suppress(Exception):  # the capture may be invalid by now; the first error counts
                 stream.end_capture()
             raise
+        finally:
+            del _workspaces[key]
         graph = stream.end_capture()
 
-    def launch_graph(keep: Any = pool) -> None:
+    def launch_graph(keep: Any = (pool, counters)) -> None:
         graph.launch(cp.cuda.get_current_stream())
 
     return launch_graph, result
@@ -185,6 +226,12 @@ def peak_bandwidth() -> float:
     """The GPU's theoretical memory bandwidth in bytes a second: clock x 2 (double data rate) x bus width."""
     attributes = cupy().cuda.Device().attributes
     return 2e3 * attributes["MemoryClockRate"] * attributes["GlobalMemoryBusWidth"] / 8
+
+
+@functools.cache
+def max_shared_bytes() -> int:
+    """The most shared memory that one block can have on this GPU."""
+    return cupy().cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -99,8 +99,8 @@ class Qwen3:
             h = ops.attention(q, keys, values, positions, out=q)
             x = ops.matmul(h.reshape(len(ids), -1), layer.o_proj, residual=x, out=x)
             h = ops.rmsnorm(x, layer.post_attention_layernorm, eps)
-            gate, up = ops.matmul(h, layer.gate_proj), ops.matmul(h, layer.up_proj)
-            x = ops.matmul(ops.silu_mul(gate, up, out=gate), layer.down_proj, residual=x, out=x)
+            h = ops.swiglu(h, layer.gate_proj, layer.up_proj)
+            x = ops.matmul(h, layer.down_proj, residual=x, out=x)
         x = ops.rmsnorm(x[len(ids) - rows :], weights.norm, eps)
         return ops.matmul(x, weights.lm_head)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from cuqwen.sampling import Sampling, choose
+
 Array = Any
 
 
@@ -30,11 +32,18 @@ def embed(ids: Array, table: Array, *, out: Array | None = None) -> Array:
     return _store(table[ids].astype(_compute_dtype(table), copy=False), out)
 
 
-def rmsnorm(x: Array, weight: Array, eps: float = 1e-6, *, out: Array | None = None) -> Array:
+def rmsnorm(
+    x: Array, weight: Array, eps: float = 1e-6, *, residual: Array | None = None, out: Array | None = None
+) -> Array:
     dtype = _compute_dtype(x)
+    if residual is not None:
+        x = np.add(residual, x, out=residual, casting="same_kind")
     x = x.astype(dtype, copy=False)
-    mean_square: Array = np.mean(np.square(x), axis=-1, keepdims=True, dtype=dtype)
-    return _store(x / np.sqrt(mean_square + dtype(eps)) * weight.astype(dtype, copy=False), out)
+    # in float64, where no float32's square overflows or vanishes
+    mean_square: Array = np.mean(np.square(x, dtype=np.float64), axis=-1, keepdims=True)
+    root = np.sqrt(mean_square + float(dtype(eps))).astype(dtype, copy=False)
+    with np.errstate(invalid="ignore"):  # 0/0 and inf/inf are NaN
+        return _store(x / root * weight.astype(dtype, copy=False), out)
 
 
 def matmul(x: Array, weight: Array, *, residual: Array | None = None, out: Array | None = None) -> Array:
@@ -143,5 +152,39 @@ def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
         return _store(gate / (1 + np.exp(-gate)) * up, out)
 
 
+def swiglu(x: Array, gate_proj: Array, up_proj: Array, *, out: Array | None = None) -> Array:
+    return silu_mul(matmul(x, gate_proj), matmul(x, up_proj), out=out)
+
+
 def argmax(x: Array, *, out: Array | None = None) -> Array:
     return _store(np.argmax(x, axis=-1).astype(np.int32), out)
+
+
+def sample(
+    logits: Array,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    *,
+    uniforms: Array | None = None,
+    step: Array | None = None,
+    history: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    penalties = repetition_penalty, presence_penalty, frequency_penalty
+    sampling, uniform = Sampling(temperature, top_k, top_p, min_p, *penalties), 0.0
+    if uniforms is not None and step is not None and temperature > 0:
+        if not 0 <= step[0] < len(uniforms):
+            raise ValueError(f"sample: step: wanted 0..{len(uniforms) - 1}, an index of uniforms, got {step[0]}")
+        uniform = float(uniforms[step[0]])
+    uses = np.zeros(len(logits), np.int32) if history is None else history
+    token = choose(logits.astype(np.float64), sampling, uses > 0, np.maximum(uses - 1, 0), uniform)
+    if step is not None and temperature > 0:
+        step[0] += 1
+    if history is not None:
+        history[token] += 1 if history[token] else 2
+    return _store(np.array([token], np.int32), out)

@@ -78,16 +78,44 @@ class Sampler:
         Raises ValueError for another shape, and where NaN, +inf or nothing but -inf leave no token to choose.
         """
         scores = _scores(logits, self.n_ids)
-        _penalise(scores, self.sampling, self._seen, self._counts)
-        ids, probabilities = _filter(scores, self.sampling)
-        if self.sampling.temperature == 0:
-            token = int(ids[0])
-        else:
-            sums = np.cumsum(probabilities)
-            token = int(ids[np.searchsorted(sums, self._generator.random() * sums[-1], side="right")])
+        uniform = self._generator.random() if self.sampling.temperature > 0 else 0.0
+        token = choose(scores, self.sampling, self._seen, self._counts, uniform)
         self._seen[token] = True
         self._counts[token] += 1
         return token
+
+    def history(self) -> np.ndarray:
+        """What the penalties need to know, int32 [n_ids]: 0 for a token not seen yet, 1 for one that is in the prompt
+        only, c + 1 for one that is c times in the answer."""
+        return (self._counts + self._seen).astype(np.int32)
+
+    def uniforms(self, count: int) -> np.ndarray:
+        """The random numbers, float64 [count], of as many tokens from here on, which the caller then chooses."""
+        return self._generator.random(count)
+
+
+def choose(scores: np.ndarray, sampling: Sampling, seen: np.ndarray, counts: np.ndarray, uniform: float) -> int:
+    """The next token. scores: float64 [n_ids], overwritten; seen: bool [n_ids], prompt and answer; counts: int [n_ids],
+    answer; uniform: in [0, 1), of no account if the temperature is 0.
+
+    Raises ValueError where NaN, +inf or nothing but -inf leave no token to choose.
+    """
+    _penalise(scores, sampling, seen, counts)
+    ids, probabilities = _filter(scores, sampling)
+    if sampling.temperature == 0:
+        return int(ids[0])
+    sums = np.cumsum(probabilities)
+    return int(ids[np.searchsorted(sums, uniform * sums[-1], side="right")])
+
+
+def no_choice(scores: np.ndarray) -> ValueError:
+    """The error for scores [n_ids] that leave no token to choose."""
+    nans, infinities = np.count_nonzero(np.isnan(scores)), np.count_nonzero(scores == np.inf)
+    got = f"{nans} NaN and {infinities} +inf" if nans or infinities else "only -inf"
+    return ValueError(
+        f"logits: wanted finite numbers or -inf, and one finite at least, got {got} among {len(scores)}. "
+        f"Check the checkpoint's weights for NaN and infinity"
+    )
 
 
 def filtered_probabilities(
@@ -144,12 +172,7 @@ def _filter(scores: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndar
     first = int(np.argmax(scores))  # that of a NaN, if there is one
     top = scores[first]
     if not np.isfinite(top):
-        nans, infinities = np.count_nonzero(np.isnan(scores)), np.count_nonzero(scores == np.inf)
-        got = f"{nans} NaN and {infinities} +inf" if nans or infinities else "only -inf"
-        raise ValueError(
-            f"logits: wanted finite numbers or -inf, and one finite at least, got {got} among {len(scores)}. "
-            f"Check the checkpoint's weights for NaN and infinity"
-        )
+        raise no_choice(scores)
     if sampling.temperature == 0:
         return np.array([first]), np.ones(1)
     ids = np.arange(len(scores))

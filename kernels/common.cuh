@@ -22,6 +22,12 @@ __device__ __forceinline__ void store(f32* p, float x) { *p = x; }
 __device__ __forceinline__ void store(f16* p, float x) { *p = __float2half_rn(x); }
 __device__ __forceinline__ void store(bf16* p, float x) { *p = __float2bfloat16_rn(x); }
 
+// 1 / sqrt(x) within 1 ulp or so; IEEE's root and quotient take ten times the instructions.
+__device__ __forceinline__ float inverse_sqrt(float x) {
+    const float y = rsqrtf(x);
+    return y * fmaf(-0.5f * x * y, y, 1.5f);
+}
+
 // Eight consecutive elements from a 16-byte aligned address.
 __device__ __forceinline__ void load8(const f32* p, float (&v)[8]) {
     const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
@@ -43,11 +49,32 @@ __device__ __forceinline__ void load8(const f16* p, float (&v)[8]) {
     for (int i = 0; i < 8; i++) v[i] = __half2float(a.half[i]);
 }
 
+// Eight consecutive elements to a 16-byte aligned address, each rounded once.
+template <class T> __device__ __forceinline__ void store8(T* p, const float (&v)[8]) {
+    union { uint4 bits[sizeof(T) / 2]; T element[8]; } a;
+#pragma unroll
+    for (int i = 0; i < 8; i++) store(a.element + i, v[i]);
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) reinterpret_cast<uint4*>(p)[i] = a.bits[i];
+}
+
 // Sum over the 32 lanes of a warp; every lane gets it.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
     return x;
+}
+
+// Whether this block is the last of `blocks` that come here; if so, it sees what all of them wrote before, reading it by
+// __ldcg. Called by all lanes of one warp a block, the one that wrote. `counter` lies in launch.workspace(): zero before
+// the first comes and after the last.
+__device__ __forceinline__ bool is_last_block(int* counter, int blocks) {
+    unsigned before = 0;
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) before = atomicInc(reinterpret_cast<unsigned*>(counter), blocks - 1);
+    // No second fence (0.3 us on an H100): loads that bypass L1 cannot go before the answer on which they depend.
+    return __shfl_sync(0xffffffffu, before, 0) == blocks - 1u;
 }
 
 // Sum over a block of whole warps; every thread gets it. `scratch` is 32 floats of shared memory that nobody else

@@ -46,6 +46,7 @@ class Settings:
     orders: tuple[str, ...] = ("ascending",)  # every launch runs in each and must give the same bytes
     seed: int = 1  # of the order "shuffled"
     workers: int = os.cpu_count() or 1  # OS threads for the blocks of a launch
+    resident_blocks: int = 1  # at least so many blocks run at once, whatever `workers`, and may wait for each other
     patience: float = 60.0  # seconds of nothing but polling until that counts as a deadlock
 
 
@@ -106,7 +107,8 @@ def load_function(
 
     args: C-contiguous NumPy arrays for pointers, None for a null pointer, NumPy scalars. Raises TypeError for an argument
     that the parameter cannot take, ValueError for a grid or block that a GPU refuses, KernelError for what goes wrong
-    inside. With `cooperative` all blocks run at once and may wait for each other.
+    inside. With `cooperative` all blocks run at once and may wait for each other; without, as many as the larger one of
+    `settings.workers` and `settings.resident_blocks`.
     """
     library = build.kernel_library(file, defines)
     try:
@@ -119,7 +121,8 @@ def load_function(
     launch_kernel = ctypes.CDLL(str(build.runtime())).emu_launch
 
     def run(order: str, dims: ctypes.Array, shared_bytes: int, pointers: ctypes.Array) -> None:
-        options = _Options(ORDERS.index(order), settings.seed, settings.workers, cooperative, settings.patience)
+        workers = max(settings.workers, settings.resident_blocks)
+        options = _Options(ORDERS.index(order), settings.seed, workers, cooperative, settings.patience)
         error = ctypes.create_string_buffer(4096)
         if launch_kernel(
             ctypes.byref(kernel), ctypes.byref(options), dims, ctypes.c_size_t(shared_bytes), pointers, error, 4096
@@ -257,7 +260,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
     """
     if not available():
         pytest.skip(unavailable_reason())
-    for name in ("orders", "seed", "workers", "patience"):  # to be restored
+    for name in ("orders", "seed", "workers", "resident_blocks", "patience"):  # to be restored
         monkeypatch.setattr(settings, name, getattr(settings, name))
     # under the sanitizers once is enough: what they look for does not depend on the order
     settings.orders = ORDERS[:1] if os.environ.get(SANITIZE) else ORDERS
@@ -265,6 +268,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
     replaced = {
         "load_function": recorder.load_function,
         "empty": recorder.empty,
+        "workspace": recorder.workspace,
         "record": recorder.record,
         "copy": recorder.copy,
         "upload": upload,
@@ -272,6 +276,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
         "cupy": lambda: None,
         "free_bytes": lambda: 1 << 40,
         "peak_bandwidth": lambda: 1e12,
+        "max_shared_bytes": lambda: MAX_SHARED,
     }
     for name, function in replaced.items():
         monkeypatch.setattr(launch, name, function)

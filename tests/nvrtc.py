@@ -150,12 +150,19 @@ def report(file: str, defines: launch.Defines, arch: str) -> tuple[dict[str, Res
     return {name: Resources(**fields) for name, fields in found["resources"].items()}, found["warnings"]
 
 
+def architectures(file: str) -> tuple[str, ...]:
+    """Those that a kernel of the package is compiled for: all, or from NN on if a line of its head says `// Needs sm_NN`."""
+    head = re.match(r"(//[^\n]*\n)*", launch.source(file).partition("\n")[2])[0]
+    needs = re.search(r"^// Needs\s+sm_(\d+)", head, re.M)
+    return tuple(arch for arch in ARCHITECTURES if int(arch) >= (int(needs[1]) if needs else 0))
+
+
 Reports = dict[tuple[str, launch.Defines, str], tuple[dict[str, Resources], str]]
 
 
-def report_all(architectures: tuple[str, ...] = ARCHITECTURES) -> Reports:
-    """`report` on every variant of every kernel for every architecture."""
-    jobs = [(file, defines, arch) for file, defines in cuda.variants() for arch in architectures]
+def report_all() -> Reports:
+    """`report` on every variant of every kernel for every architecture that it is for."""
+    jobs = [(file, defines, arch) for file, defines in cuda.variants() for arch in architectures(file)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC compiles in several threads at once
         return dict(zip(jobs, pool.map(lambda job: report(*job), jobs), strict=True))
 

@@ -13,6 +13,7 @@ class Recorder:
     def __init__(self, load_function, empty):
         self._load_function, self._empty = load_function, empty
         self._calls, self._pool = None, None
+        self._counters = None
 
     def load_function(self, file, entry, defines):
         start = self._load_function(file, entry, defines)
@@ -31,15 +32,25 @@ class Recorder:
             self._pool.append(_owner(array))
         return array
 
+    def workspace(self):
+        if self._counters is None:
+            self._counters = self._empty((4096,), np.int32)
+            self._counters[:] = 0
+        assert not self._counters.any(), "a kernel left its counters in launch.workspace() behind"
+        return self._counters
+
     def record(self, work):
         self._calls, self._pool = [], []
+        self._counters, outside = None, self._counters
         result = work()
-        calls, pool = self._calls, self._pool
+        calls, pool, counters = self._calls, self._pool, self._counters
         self._calls = self._pool = None
+        self._counters = outside
 
         def replay(keep=pool):
             for start, grid, block, pointers, shared_bytes in calls:
                 start(grid, block, tuple(_array(pointer) for pointer in pointers), shared_bytes)
+                assert counters is None or not counters.any(), "a kernel left its counters in launch.workspace() behind"
 
         return replay, result
 

@@ -1,6 +1,7 @@
 """The emulator that runs our kernels on the CPU: what it computes is CUDA, and what it is there to catch, it catches."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from cuqwen import launch, ops, reference
 PLANTED = Path(__file__).parent / "planted"
 BF16 = ml_dtypes.bfloat16
 LANES = np.arange(32)
+F32 = (("OUT_TYPE", "f32"),)
 
 pytestmark = emulator.needs_emulator
 
@@ -29,26 +31,35 @@ def rng():
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def intrinsics(request):
-    """Calls an entry point of planted/intrinsics.cu; on the CPU in all thread orders, with `-m gpu` on the GPU instead."""
+    """Calls an entry point of planted/<file>.cu; on the CPU in all thread orders, with `-m gpu` on the GPU instead."""
 
-    def call(entry, grid, block, *args, shared_bytes=0, cooperative=False):
-        if request.param == "gpu":
-            cupy = launch.cupy()
-            function = launch.load_function(str(PLANTED / "intrinsics"), entry, ())
-            # CuPy takes a structure as an array of one
-            there = [
-                cupy.asarray(a) if isinstance(a, np.ndarray) else np.array([a]) if isinstance(a, np.void) else a
-                for a in args
-            ]
-            function(grid, block, tuple(there), shared_bytes)
-            for here, result in zip(args, there, strict=True):
-                if isinstance(here, np.ndarray):
-                    here[...] = result.get()
-        else:
-            function = emulator.load_function(str(PLANTED / "intrinsics"), entry, (), cooperative=cooperative)
-            with emulator.orders():
-                function(grid, block, args, shared_bytes)
+    def on_a_gpu(entry, grid, block, *args, shared_bytes=0, cooperative=False, file="intrinsics"):
+        cupy = launch.cupy()
+        if file.endswith("sm90") and int(cupy.cuda.Device().compute_capability) < 90:
+            pytest.skip("needs sm_90")
+        function = launch.load_function(str(PLANTED / file), entry, ())
+        # CuPy takes a structure as an array of one
+        there = [
+            cupy.asarray(a) if isinstance(a, np.ndarray) else np.array([a]) if isinstance(a, np.void) else a
+            for a in args
+        ]
+        function(grid, block, tuple(there), shared_bytes)
+        for here, result in zip(args, there, strict=True):
+            if isinstance(here, np.ndarray):
+                here[...] = result.get()
 
+    on_a_gpu.on = "gpu"
+    return on_a_gpu if request.param == "gpu" else request.getfixturevalue("on_the_cpu")
+
+
+@pytest.fixture
+def on_the_cpu():
+    def call(entry, grid, block, *args, shared_bytes=0, cooperative=False, file="intrinsics"):
+        function = emulator.load_function(str(PLANTED / file), entry, (), cooperative=cooperative)
+        with emulator.orders():
+            function(grid, block, args, shared_bytes)
+
+    call.on = "cpu"
     return call
 
 
@@ -218,7 +229,7 @@ def test_blocks_may_wait_for_each_other_in_a_cooperative_launch(intrinsics):
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason=nvrtc.unavailable_reason())
-@pytest.mark.parametrize("file", ["intrinsics", "barriers", "memory"])
+@pytest.mark.parametrize("file", ["intrinsics", "barriers", "memory", "ptx", "ptx_sm90"])
 def test_the_kernels_here_are_cuda(file):
     assert nvrtc.compile(build.source(str(PLANTED / file)), "90").resources
 
@@ -240,6 +251,237 @@ def test_the_fallback_without_assembly(monkeypatch):
     finally:
         for cache in caches:
             cache.cache_clear()
+
+
+# ---- the instructions of ptx.cuh ----
+
+
+def faults(file):
+    """The names in the planted file's `enum Fault`, with their numbers as kernels take them."""
+    names = re.search(r"enum Fault \{(.*?)\}", (PLANTED / f"{file}.cu").read_text(), re.S)[1].split(",")
+    return {name.strip(): np.int32(i) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("m, n, k", [(16, 16, 16), (64, 48, 80), (32, 16, 256)])
+def test_a_tile_product_by_mma(intrinsics, rng, m, n, k, transposed):
+    """bf16 products are exact in float32 and each of the k / 16 steps rounds the sum; a GPU also truncates inside of a
+    step, to within one unit in the last place of the largest term for each of 17 terms."""
+    x, w = (rng.standard_normal(shape).astype(BF16) for shape in ((m, k), (n, k)))
+    out = np.full((m, n), np.nan, np.float32)
+    layout = np.ascontiguousarray(w.T) if transposed else w
+    scalars = np.int32(n), np.int32(k), np.bool_(transposed)
+    intrinsics("tile_product", (n // 16, m // 16), (32,), out, x, layout, *scalars, file="ptx")
+    wide = x.astype(np.float64), w.astype(np.float64).T
+    error = np.abs(out - wide[0] @ wide[1]) / (np.abs(wide[0]) @ np.abs(wide[1]))
+    step = 2.0**-24 if intrinsics.on == "cpu" else 17 * 2.0**-23
+    assert error.max() <= k / 16 * step
+
+
+def test_matrices_in_fragments(intrinsics):
+    rows = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)
+    out = np.zeros((2, 32, 4), np.uint32)
+    intrinsics("fragments", (1,), (32,), out, rows.view(np.uint32).reshape(-1), np.int32(0), file="ptx")
+    # by row = lane / 4, lane % 4, matrix, pair
+    pairs = out.view(np.uint16).reshape(2, 8, 4, 4, 2).transpose(0, 3, 1, 2, 4)
+    np.testing.assert_array_equal(pairs[0].reshape(4, 8, 8), rows)
+    np.testing.assert_array_equal(pairs[1].reshape(4, 8, 8), rows.transpose(0, 2, 1))
+
+
+PIPELINE = {  # fault -> the report; `PLACE` as below
+    "NO_WAIT": "cp_async16 PLACE: something else was written to its destination before it was waited for",
+    "ONE_GROUP_TOO_FEW": "a thread returned without waiting for 1 copies, the first by cp_async16 PLACE",
+    "NO_BARRIER_AFTER_WAIT": "argument 0 depends on the order of threads: .* nan ",
+    "NO_BARRIER_BEFORE_REUSE": "argument 0 depends on the order of threads: .* nan",
+    "MISALIGNED": "cp_async16 PLACE: misaligned address in global memory: 0x.*4, wanted a multiple of 16",
+    "NEVER_WAITED": "a thread returned without waiting for 1 copies, the first by cp_async16 PLACE",
+    "TOO_MANY_BYTES": "cp_async16 PLACE: bytes: wanted 0 to 16, got 32",
+    "MISALIGNED_ROW": "ldmatrix_x4 PLACE: misaligned address in shared memory: 0x.*8, wanted a multiple of 16",
+    "PAST_SHARED_MEMORY": "ldmatrix_x4 PLACE: 16 bytes at 0x.* do not lie in the block's shared memory",
+}
+
+
+def run_pipeline(call, rng, fault="NONE", tiles=9, length=301):
+    x = rng.integers(-8, 8, (tiles, 512)).astype(np.float32)
+    out = np.full(512, np.nan, np.float32)
+    call("pipeline", (1,), (128,), out, x, np.int32(tiles), np.int32(length), faults("ptx")[fault], file="ptx")
+    x[-1, length:] = 0
+    return out, x.sum(0)
+
+
+@pytest.mark.parametrize("tiles, length", [(1, 512), (2, 0), (9, 301), (20, 3)])
+def test_copies_arrive_when_they_are_waited_for(intrinsics, rng, tiles, length):
+    np.testing.assert_array_equal(*run_pipeline(intrinsics, rng, tiles=tiles, length=length))
+
+
+def reported(message, file):
+    return pytest.raises(emulator.KernelError, match=message.replace("PLACE", rf"\(\S+/planted/{file}\.cu:\d+\)"))
+
+
+@pytest.mark.parametrize("fault", PIPELINE)
+def test_what_is_wrong_with_a_copy_is_reported(on_the_cpu, rng, fault):
+    with reported(PIPELINE[fault], "ptx"):
+        if fault in ("MISALIGNED_ROW", "PAST_SHARED_MEMORY"):
+            out, rows = np.zeros(256, np.uint32), np.zeros(128, np.uint32)
+            offset = np.int32(8 if fault == "MISALIGNED_ROW" else 1 << 20)
+            on_the_cpu("fragments", (1,), (32,), out, rows, offset, file="ptx")
+        else:
+            run_pipeline(on_the_cpu, rng, fault)
+
+
+@pytest.mark.parametrize("after_the_wait", [True, False])
+def test_what_is_overwritten_while_it_is_copied_reads_as_nan(on_the_cpu, after_the_wait):
+    x, out = np.arange(128, dtype=np.float32), np.zeros(128, np.float32)
+    wanted = np.where((LANES[:4] == 1) & (not after_the_wait), np.float32(np.nan), x.reshape(32, 4))
+    on_the_cpu("source_changes", (1,), (32,), out, x, np.bool_(after_the_wait), file="ptx")
+    np.testing.assert_array_equal(out.reshape(32, 4), wanted)
+    assert (x[1::4] == -1).all()
+
+
+def test_the_table_of_faults_is_complete():
+    sanitized = {"NONE", "PAST_THE_END"}
+    assert set(faults("ptx")) == set(PIPELINE) | sanitized
+    assert set(faults("ptx_sm90")) == set(RING) | set(PAIRS) | set(EXCHANGE) | sanitized
+
+
+RING = {
+    "NO_WAIT_FOR_DATA": r"deadlock: .* wait at mbarrier_wait PLACE, phase",
+    "WRONG_PARITY": r"deadlock: .* wait at mbarrier_wait PLACE, phase",
+    "NO_WAIT_FOR_SLOT": "mbarrier_arrive_expect PLACE: one arrival too many in phase 0, which has all 1",
+    "RELEASED_TOO_EARLY": "argument 0 depends on the order of threads",
+    "NO_SYNCWARP_BEFORE_RELEASE": "threads shuffled: ",
+    "NO_BARRIER_AFTER_INIT": "mbarrier_wait PLACE: the mbarrier was not initialised",
+    "TOO_MANY_BYTES_ANNOUNCED": "deadlock: .*0 of 1 arrivals are missing, copies of 1024 of 1040 announced bytes were issued",
+    "TOO_FEW_BYTES_ANNOUNCED": "bulk_copy PLACE: copies of 1024 bytes were issued in phase 0, 1008 announced",
+    "ONE_ARRIVAL_TOO_MANY": "deadlock: ",
+    "ONE_ARRIVAL_TOO_FEW": "deadlock: .*1 of 5 arrivals are missing",
+    "MISALIGNED_SOURCE": "bulk_copy PLACE: misaligned address in global memory: 0x.*4, wanted a multiple of 16",
+    "MISALIGNED_SLOT": "bulk_copy PLACE: misaligned address in shared memory: 0x.*4, wanted a multiple of 16",
+    "ODD_SIZE": "bulk_copy PLACE: bytes: wanted a positive multiple of 16, got 1016",
+    "PAST_THE_SLOTS": "bulk_copy PLACE: 1024 bytes at 0x.* do not lie in the block's shared memory",
+    "NEVER_WAITED": "a block ended without waiting for 1 bulk copies, the first by bulk_copy PLACE",
+    "INITIALISED_TWICE": "mbarrier_init PLACE: the mbarrier was initialised before",
+    "OVERWRITTEN": "PLACE: the mbarrier was overwritten",
+}
+
+
+def run_ring(call, rng, fault="NONE", tiles=20):
+    x = rng.integers(-8, 8, (tiles, 256)).astype(np.float32)
+    out = np.full(256, np.nan, np.float32)
+    number = faults("ptx_sm90")[fault]
+    call("ring", (1,), (160,), out, x, np.int32(tiles), number, file="ptx_sm90", shared_bytes=3 * 1024)
+    return out, x.sum(0)
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 3, 4, 100])
+def test_a_ring_of_bulk_copies(intrinsics, rng, tiles):
+    np.testing.assert_array_equal(*run_ring(intrinsics, rng, tiles=tiles))
+
+
+@pytest.mark.parametrize("fault", RING)
+def test_what_is_wrong_with_a_ring_is_reported(on_the_cpu, rng, fault):
+    with reported(RING[fault], "ptx_sm90"):
+        run_ring(on_the_cpu, rng, fault)
+
+
+PAIRS = {
+    "ANOTHER_COUNT": "named_barrier PLACE: threads wait at barrier 1 for 64 threads, one more comes and wants 96",
+    "TOO_MANY_THREADS": "deadlock: .* 63 more wait at named_barrier PLACE, barrier 3: 64 of 96 threads are there",
+    "TOO_FEW_THREADS": "argument 0 depends on the order of threads: .* nan",
+    "HALF_A_WARP": "deadlock: .* wait at named_barrier PLACE, barrier 1: 0 of 64 threads are there",
+    "WRONG_ID": "named_barrier PLACE: id: wanted 1 to 15, got 16",
+}
+
+
+def run_pairs(call, rng, fault="NONE"):
+    x, out = rng.standard_normal((21, 32)).astype(np.float32), np.full((21, 32), np.nan, np.float32)
+    call("pairs_of_warps", (1,), (128,), out, x, np.int32(21), faults("ptx_sm90")[fault], file="ptx_sm90")
+    return out, x[:, ::-1]
+
+
+def test_barriers_of_a_part_of_the_block(intrinsics, rng):
+    np.testing.assert_array_equal(*run_pairs(intrinsics, rng))
+
+
+@pytest.mark.parametrize("fault", PAIRS)
+def test_what_is_wrong_with_a_named_barrier_is_reported(on_the_cpu, rng, fault):
+    with reported(PAIRS[fault], "ptx_sm90"):
+        run_pairs(on_the_cpu, rng, fault)
+
+
+EXCHANGE = {
+    "NEVER_SENT": r"nothing but polling for too long: .* wait at load_relaxed2 PLACE; 0 threads have returned; noticed in block",
+    "NO_TAG": "argument 0 depends on the order of threads",
+    "TAG_IN_THE_OTHER_WORD": "argument 0 depends on the order of threads",
+}
+
+
+def run_exchange(call, blocks, fault="NONE", rounds=50, **keywords):
+    out, words = np.zeros((blocks, 64), np.uint64), np.zeros((2, blocks, 64), np.uint64)
+    scalars = np.int32(rounds), faults("ptx_sm90")[fault]
+    call("exchange", (blocks,), (32,), out, words, *scalars, file="ptx_sm90", **keywords)
+    numbers = np.arange(1, 64 * blocks + 1, dtype=np.uint64).reshape(blocks, 32, 2)
+    for _ in range(rounds):
+        x, y = (numbers * np.arange(1, blocks + 1, dtype=np.uint64)[:, None, None]).sum(0).T
+        numbers = np.broadcast_to(np.stack([(x + y) % 1000003, (3 * x + y) % 1000003], 1), numbers.shape)
+    return out, numbers.reshape(blocks, 64)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+def test_blocks_exchange_numbers_while_they_run(intrinsics, blocks):
+    np.testing.assert_array_equal(*run_exchange(intrinsics, blocks, cooperative=True))
+
+
+def test_blocks_meet_at_a_counter(intrinsics):
+    blocks, rounds = 4, 20
+    out, values, count = np.zeros((blocks, 32), np.uint64), np.zeros((2, blocks, 32), np.uint64), np.zeros(1, np.uint32)
+    arguments = out, values, count, np.int32(rounds)
+    intrinsics("exchange_counted", (blocks,), (32,), *arguments, file="ptx_sm90", cooperative=True)
+    numbers = np.arange(1, 32 * blocks + 1).reshape(blocks, 32)
+    for _ in range(rounds):
+        numbers = np.broadcast_to((numbers * np.arange(1, blocks + 1)[:, None]).sum(0) % 1000003, numbers.shape)
+    np.testing.assert_array_equal(out, numbers.astype(np.uint64))
+    assert count[0] == blocks * rounds
+
+
+def test_a_kernel_that_gives_up_after_a_while_is_no_deadlock(intrinsics):
+    out = np.zeros(1, np.int32)
+    intrinsics("gives_up", (1,), (32,), out, file="ptx_sm90")
+    assert out[0] == 1
+
+
+def test_a_word_goes_round(intrinsics):
+    """Also a test of the clock that all blocks share: a turn takes a GPU between 100 ns and 100 us."""
+    done, word = np.zeros(3, np.int32), np.zeros(1, np.uint64)
+    times = np.zeros(3, np.uint64) if intrinsics.on == "gpu" else None
+    intrinsics("round_trip", (3,), (32,), done, times, word, np.int32(100), file="ptx_sm90", cooperative=True)
+    assert word[0] == 300 and done.tolist() == [100] * 3
+    if times is not None:
+        assert (times > 300 * 100).all() and (times < 300 * 100_000).all()
+
+
+@pytest.mark.parametrize("fault", EXCHANGE)
+def test_what_is_wrong_between_blocks_is_reported(on_the_cpu, monkeypatch, fault):
+    monkeypatch.setattr(emulator.settings, "patience", 0.3 if fault == "NEVER_SENT" else 60)
+    with reported(EXCHANGE[fault], "ptx_sm90"):
+        run_exchange(on_the_cpu, 4, fault, cooperative=True)
+
+
+def test_as_many_blocks_run_at_once_as_settings_say(on_the_cpu, monkeypatch):
+    monkeypatch.setattr(emulator.settings, "workers", 2)
+    monkeypatch.setattr(emulator.settings, "resident_blocks", 4)
+    np.testing.assert_array_equal(*run_exchange(on_the_cpu, 4))
+    monkeypatch.setattr(emulator.settings, "resident_blocks", 1)
+    monkeypatch.setattr(emulator.settings, "patience", 0.3)
+    message = "polling .* 2 of 4 blocks have not started, because no more than 2 run at once: .* need cooperative"
+    with reported(message, "ptx_sm90"):
+        run_exchange(on_the_cpu, 4)
+
+
+def test_a_fence_between_proxies_changes_nothing_here(intrinsics):
+    out = np.zeros(32, np.float32)
+    intrinsics("proxies", (1,), (32,), out, file="ptx_sm90")
+    np.testing.assert_array_equal(out, np.arange(32)[::-1])
 
 
 # ---- it catches what it is there to catch ----
@@ -342,6 +584,7 @@ def test_a_read_past_an_array_gives_nan():
 
 SANITIZED = """
 import numpy as np, emulator
+from test_emulator import faults
 out, x = emulator.empty((40,), np.float32), emulator.upload(np.ones(200, np.float32))
 plain = np.zeros(40, np.float32)
 call = lambda file, entry: emulator.load_function({planted!r} + "/" + file, entry)
@@ -361,6 +604,14 @@ FAULTS = {  # what it is -> statement with the fault, the same without, what the
     "misaligned 16-byte load": (
         "call('memory', 'misaligned')((1,), (2,), (out.reshape(-1)[:8], x[{}:]))", 0, 3, "misaligned address",
     ),
+    "source of a 16-byte copy": (
+        "call('ptx', 'pipeline')((1,), (128,), (emulator.empty((512,), np.float32), emulator.upload(np.ones(198, np.float32)), np.int32(1), np.int32(198), faults('ptx')['{}']))",
+        "PAST_THE_END", "NONE", "AddressSanitizer",
+    ),
+    "source of a bulk copy": (
+        "call('ptx_sm90', 'ring')((1,), (160,), (emulator.empty((256,), np.float32), emulator.upload(np.ones((5, 256), np.float32)), np.int32(5), faults('ptx_sm90')['{}']), 3072)",
+        "PAST_THE_END", "NONE", "AddressSanitizer",
+    ),
 }  # fmt: skip
 
 
@@ -371,7 +622,7 @@ def test_sanitizers_stop_at_accesses_that_a_gpu_may_not_survive(fault):
     right, wrong = (emulator.sanitized("-c", program) for program in programs)
     assert right.returncode == 0 and "survived" in right.stdout, right.stderr
     assert wrong.returncode != 0 and message in wrong.stderr, wrong.stderr
-    assert "memory.cu" in wrong.stderr, "the report names the line in the kernel"
+    assert re.search(r"planted/\w+\.cu:\d+", wrong.stderr), "the report names the line in the kernel"
 
 
 def test_sanitizers_accept_fibres_that_are_given_up():
@@ -418,7 +669,7 @@ def test_all_operations_under_the_sanitizers():
 
 
 def call_silu(*args, grid=(1,), block=(256,)):
-    emulator.load_function("silu_mul", "silu_mul")(grid, block, args)
+    emulator.load_function("silu_mul", "silu_mul", F32)(grid, block, args)
 
 
 def test_arguments_are_refused_by_name():
@@ -459,7 +710,7 @@ def test_grids_and_blocks_are_refused_as_by_a_gpu():
 
 def test_unknown_entry_points_and_constants():
     with pytest.raises(ValueError, match=r"no entry point .* nothing; found silu_mul"):
-        emulator.load_function("silu_mul", "nothing")
+        emulator.load_function("silu_mul", "nothing", F32)
     with pytest.raises(RuntimeError, match=r"kernels/embed.cu:\d+"):
         emulator.load_function("embed", "embed", (("TABLE_TYPE", "no_such_type"),))
 

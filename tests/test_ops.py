@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cuqwen import launch, ops, rope_table
+from cuqwen import cuda, launch, ops, rope_table
 
 F32, F16, BF16 = np.float32, np.float16, ml_dtypes.bfloat16
 STORAGE = (BF16, F16, F32)
@@ -33,7 +33,7 @@ class Gpu:
 
     @staticmethod
     def put(array):
-        return None if array is None else launch.upload(np.ascontiguousarray(array))
+        return None if array is None else launch.upload(np.asarray(array, order="C"))
 
     @staticmethod
     def get(array):
@@ -100,19 +100,50 @@ def test_embed_of_an_unknown_id(side):
 
 def rmsnorm_truth(x, weight, eps):
     x, weight = wide(x), wide(weight)
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + float(F32(eps))) * weight
 
 
 def check_rmsnorm(side, x, weight, out_dtype, eps=1e-6):
     out = side.put(poisoned(x.shape, out_dtype))
     ops.rmsnorm(side.put(x), side.put(weight), eps, out=out)
     truth = rmsnorm_truth(x, weight, eps)
-    assert_close(side.get(out), truth, np.abs(truth) * (x.shape[-1] / 256 + 16) * EPS32)
+    assert_close(side.get(out), truth, np.abs(truth) * (x.shape[-1] / 2048 + 24) * EPS32)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 1024), (3, 1000), (2, 5, 96), (0, 64), (4, 5120)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1024), (3, 1000), (2, 5, 96), (0, 64), (4, 5120), (17, 72), (300, 8), (70, 16), (40, 264), (3, 1032), (2, 1001), (9, 33), (1, 16384), (2, 16392)])  # fmt: skip
 def test_rmsnorm(side, rng, shape):
     check_rmsnorm(side, random(rng, shape), 1 + 0.1 * random(rng, shape[-1:]), F32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1024), (5, 72), (3, 2560), (3, 1001), (2, 7), (0, 8)])
+@pytest.mark.parametrize("x_type,out_type", [(F32, F32), (BF16, BF16), (F32, BF16)])
+def test_rmsnorm_adds_to_the_residual(side, rng, shape, x_type, out_type):
+    x, before, weight = random(rng, shape, x_type), random(rng, shape), random(rng, shape[-1:], BF16)
+    residual, out = side.put(before.copy()), side.put(poisoned(shape, out_type))
+    assert ops.rmsnorm(side.put(x), side.put(weight), residual=residual, out=out) is out
+    after = before + x.astype(F32)
+    assert np.array_equal(side.get(residual), after)
+    truth = rmsnorm_truth(after, weight, 1e-6)
+    assert_close(side.get(out), truth, np.abs(truth) * (shape[-1] / 2048 + 24) * EPS32)
+
+
+@pytest.mark.parametrize("C", [64, 1032])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_rmsnorm_of_arrays_that_start_anywhere(side, rng, C, dtype):
+    x, weight, before = random(rng, (3, C), dtype), random(rng, (C,), dtype), random(rng, (3, C))
+    for which in range(3):
+        arrays = [anywhere(side, a) if i == which else side.put(a.copy()) for i, a in enumerate((x, weight, before))]
+        got = ops.rmsnorm(*arrays[:2], residual=arrays[2])
+        truth = rmsnorm_truth(before + x.astype(F32), weight, 1e-6)
+        assert_close(side.get(got), truth, np.abs(truth) * (C / 2048 + 24) * EPS32)
+
+
+@pytest.mark.parametrize("C", [40, 999, 1024, 2056])
+def test_a_normalised_row_does_not_depend_on_the_rows_beside_it(side, rng, C):
+    x, weight = random(rng, (19, C)), side.put(random(rng, (C,)))
+    many = side.get(ops.rmsnorm(side.put(x), weight))
+    for rows in (1, 2, 9):
+        assert np.array_equal(many[:rows], side.get(ops.rmsnorm(side.put(x[:rows]), weight)))
 
 
 @pytest.mark.parametrize("x", STORAGE)
@@ -122,16 +153,32 @@ def test_rmsnorm_types(side, rng, x, weight, out):
     check_rmsnorm(side, random(rng, (3, 200), x), random(rng, (200,), weight), out)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e-3, 1e3, 1e10, 1e15])
-def test_rmsnorm_extreme_scales_and_gains(side, rng, scale):
-    weight = random(rng, (128,))
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-18, 1e-10, 1e-3, 1e3, 1e10, 1e15, 1e18, 1e30, 5e37])
+@pytest.mark.parametrize("eps", [1e-6, 0.0, 2e-38, 1e30])
+@pytest.mark.parametrize("C", [131, 2048])
+def test_rmsnorm_extreme_scales_and_gains(side, rng, scale, eps, C):
+    weight = random(rng, (C,))
     weight[::7] = 96.5
-    check_rmsnorm(side, random(rng, (4, 128), scale=scale), weight, F32)
+    x = random(rng, (4, C), scale=scale)
+    x[1, 1:] = 0  # one value alone
+    x[2, ::2] *= F32(1e-6)
+    check_rmsnorm(side, np.where(np.abs(x) < TINY[x.dtype], F32(0), x), weight, F32, eps)
 
 
-def test_rmsnorm_constant_and_zero_rows(side):
-    x = np.repeat(np.array([[3.0], [-1e-3], [0.0]], F32), 1024, axis=1)
-    check_rmsnorm(side, x, np.full(1024, 96.5, F32), F32)
+@pytest.mark.parametrize("C", [1024, 1031, 4096])
+def test_rmsnorm_constant_and_zero_rows(side, C):
+    x = np.repeat(np.array([[3.0], [-1e-3], [0.0], [1e-30], [1e30]], F32), C, axis=1)
+    check_rmsnorm(side, x, np.full(C, 96.5, F32), F32)
+
+
+@pytest.mark.parametrize("C", [8, 1031, 2048])
+def test_rmsnorm_of_what_is_not_finite_and_of_zeros_without_eps(side, C):
+    x = np.ones((4, C), F32)
+    x[0], x[1, 3], x[2, 5], x[3, [1, 2]] = 0, np.nan, -np.inf, (np.inf, np.nan)
+    got = side.get(ops.rmsnorm(side.put(x), side.put(np.full(C, 2, F32)), 0.0))
+    with np.errstate(invalid="ignore"):
+        assert np.array_equal(got, rmsnorm_truth(x, np.full(C, 2, F32), 0.0).astype(F32), equal_nan=True)
+    assert np.isnan(got[[0, 1, 3]]).all() and np.isnan(got[2]).sum() == 1 and not got[2, :5].any()
 
 
 def test_rmsnorm_returns_float32_for_bf16(side, rng):
@@ -157,7 +204,7 @@ MATMUL_SHAPES = [
 def check_matmul(side, x, weight, residual=None, out=None):
     got = side.get(ops.matmul(side.put(x), side.put(weight), residual=residual, out=out))
     truth = wide(x) @ wide(weight).T
-    return got, truth, x.shape[-1] * EPS32 * (np.abs(wide(x)) @ np.abs(wide(weight)).T)
+    return got, truth, product_terms(x) * EPS32 * (np.abs(wide(x)) @ np.abs(wide(weight)).T)
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
@@ -187,7 +234,7 @@ def anywhere(side, array):
 def test_arrays_that_start_anywhere(side, rng, T, dtype):
     """Rows that fit loads of 16 bytes by their length but not by their address."""
     x, weight = random(rng, (T, 64)), random(rng, (40, 64), dtype)
-    truth, bound = wide(x) @ wide(weight).T, 64 * EPS32 * (np.abs(wide(x)) @ np.abs(wide(weight)).T)
+    truth, bound = wide(x) @ wide(weight).T, product_terms(x) * EPS32 * (np.abs(wide(x)) @ np.abs(wide(weight)).T)
     assert_close(side.get(ops.matmul(side.put(x), anywhere(side, weight))), truth, bound)
     assert_close(side.get(ops.matmul(anywhere(side, x), side.put(weight))), truth, bound)
     inputs = qkv_inputs(rng, T, 2, 1, 64, 64, dtype)
@@ -249,7 +296,7 @@ def qkv_truth(x, projections, tables, positions, biases, gains):
         if bias is not None:
             a, size = a + bias, size + np.abs(bias)
         a, size = (m.reshape(len(x), len(proj) // D, D) for m in (a, size))
-        error = size * (x.shape[1] + 2) * EPS32
+        error = size * (product_terms(x) + 2) * EPS32
         squares.append(
             (np.mean(a * a, -1), np.mean(2 * np.abs(a) * error + error**2, -1) + np.mean(a * a, -1) * (D + 4) * EPS32)
         )
@@ -522,7 +569,180 @@ def test_silu_mul(side, rng, shape, scale):
     assert_close(side.get(out), truth, 6 * EPS32 * np.abs(truth) + 1e-36 * np.abs(wide(up)))
 
 
-@pytest.mark.parametrize("rows,N", [(1, 1), (1, 31), (1, 151936), (3, 1025), (5, 4096), (0, 7)])
+def test_silu_mul_rounds_once_to_bf16(side, rng):
+    gate, up = random(rng, (3, 100)), random(rng, (3, 100))
+    out = side.put(poisoned((3, 100), BF16))
+    assert ops.silu_mul(side.put(gate), side.put(up), out=out) is out
+    truth = wide(gate) / (1 + np.exp(-wide(gate))) * wide(up)
+    assert_close(side.get(out), truth, 6 * EPS32 * np.abs(truth))
+
+
+def swiglu_truth(x, gate_proj, up_proj):
+    """(value, bound on its error before the last rounding) from those of the two products."""
+    x, gate_proj, up_proj = map(wide, (x, gate_proj, up_proj))
+    g, u = x @ gate_proj.T, x @ up_proj.T
+    e_g, e_u = (product_terms(x) * EPS32 * (np.abs(x) @ np.abs(w).T) for w in (gate_proj, up_proj))
+    with np.errstate(over="ignore"):
+        silu = g / (1 + np.exp(-g))
+    bound = 1.1 * e_g * np.abs(u) + np.abs(silu) * e_u + 1.1 * e_g * e_u + 6 * EPS32 * np.abs(silu * u)
+    return silu * u, bound + 1e-36 * np.abs(u)  # exp overflows in float32, see test_silu_mul
+
+
+def product_terms(x):
+    """Roundings of a dot product: by rows of x (up to 4) the bound of WarpDots, else those of kernels/mma.cuh, which are
+    above that of one sum in any order."""
+    C = x.shape[-1]
+    return C / 32 + 14 if x.size <= 4 * C else max(11 / 8 * C, C / 32 + 90) + 2
+
+
+@pytest.mark.parametrize("T,F,C", [(1, 64, 64), (1, 513, 1000), (4, 100, 96), (3, 9, 7), (2, 33, 1032), (1, 40, 2304), (0, 8, 16), (7, 65, 33), (9, 1, 1)])  # fmt: skip
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_swiglu(side, rng, T, F, C, dtype):
+    x, weights = random(rng, (T, C)), [random(rng, (F, C), dtype, 2 * C**-0.5) for _ in range(2)]
+    out = side.put(poisoned((T, F)))
+    assert ops.swiglu(side.put(x), *map(side.put, weights), out=out) is out
+    assert_close(side.get(out), *swiglu_truth(x, *weights))
+
+
+@pytest.mark.parametrize("T", [1, 3, 6])
+@pytest.mark.parametrize("x_type,out_type", [(BF16, F32), (F32, BF16), (BF16, BF16)])
+def test_swiglu_of_and_to_bf16(side, rng, T, x_type, out_type):
+    x, weights = random(rng, (2, T, 200), x_type)[0], [random(rng, (40, 200), BF16, 0.1) for _ in range(2)]
+    out = side.put(poisoned((T, 40), out_type))
+    ops.swiglu(side.put(x), *map(side.put, weights), out=out)
+    assert_close(side.get(out), *swiglu_truth(x, *weights))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e6, 1e12])
+def test_swiglu_extreme_scales(side, rng, scale):
+    x, weights = random(rng, (2, 96), scale=scale), [random(rng, (24, 96), BF16) for _ in range(2)]
+    assert_close(side.get(ops.swiglu(side.put(x), *map(side.put, weights))), *swiglu_truth(x, *weights))
+
+
+def test_swiglu_is_two_products_and_silu_mul(side, rng):
+    """Bit for bit where as many warps share a sum, here 2,048 columns or more."""
+    x, weights = side.put(random(rng, (1, 64))), [side.put(random(rng, (4096, 64), BF16)) for _ in range(2)]
+    got = side.get(ops.swiglu(x, *weights))
+    assert np.array_equal(got, side.get(ops.silu_mul(*(ops.matmul(x, w) for w in weights))))
+
+
+@pytest.mark.parametrize("C", [552, 1064, 2088, 4136])
+def test_many_warps_share_a_product(side, rng, C):
+    """Few columns, long sums: 2, 4, 8 and 8 warps."""
+    for T in (1, 3):
+        x, weight = random(rng, (T, C)), random(rng, (21, C), BF16)
+        got = side.get(ops.matmul(side.put(x), side.put(weight)))
+        bound = product_terms(x) * EPS32 * (np.abs(wide(x)) @ np.abs(wide(weight)).T)
+        assert_close(got, wide(x) @ wide(weight).T, bound)
+
+
+# --------------------------------------------------------------------------- many rows, on tensor cores
+
+
+@pytest.fixture(params=["few", "middle", "wide"])
+def shape(request, side, monkeypatch):
+    """Each tile of kernels/mma.cuh, whatever `cuda` would choose."""
+    if side is Reference and request.param != "few":
+        pytest.skip("NumPy has no tiles")
+    monkeypatch.setattr(cuda, "_choose", lambda tiles, rows, columns: request.param)
+    return request.param
+
+
+def test_the_tile_that_is_chosen():
+    def choice(rows, columns, x_type=BF16, head=0):
+        return cuda._choose(cuda._tiles(np.zeros((1, 8), x_type), head), rows, columns)
+
+    assert [choice(rows, 4096) for rows in (5, 32, 128, 512, 2048)] == ["few", "few", "middle", "wide", "wide"]
+    assert [choice(rows, 1024) for rows in (5, 128, 512, 2048)] == ["few", "few", "middle", "wide"]
+    assert [choice(rows, 1024, F32) for rows in (5, 512, 2048)] == ["few", "middle", "wide"]
+    assert [choice(rows, 4096, BF16, 128) for rows in (5, 2048)] == ["few", "wide"]
+
+
+@pytest.mark.parametrize("x_type", [BF16, F32])
+@pytest.mark.parametrize("T,N,C", [(5, 31, 72), (17, 40, 136), (70, 257, 8), (130, 66, 264)])
+def test_products_of_many_rows(side, rng, shape, T, N, C, x_type):
+    """Ragged in rows, columns and depth; in place; what lies beside the output stays."""
+    x, weights = random(rng, (T, C), x_type), [random(rng, (N, C), BF16, C**-0.5) for _ in range(2)]
+    residual, memory = random(rng, (T, N)), side.put(poisoned((T + 2, N)))
+    stream = memory[1 : T + 1]
+    stream[...] = side.put(residual)
+    got, truth, bound = check_matmul(side, x, weights[0], residual=stream, out=stream)
+    assert_close(got, truth + residual, bound + EPS32 * np.abs(truth + residual))
+    assert np.all(np.isnan(side.get(memory)[[0, T + 1]]))
+    for out_type in (F32, BF16):
+        memory = side.put(poisoned((T + 2, N), out_type))
+        ops.swiglu(side.put(x), *map(side.put, weights), out=memory[1 : T + 1])
+        got = side.get(memory)
+        assert_close(got[1 : T + 1], *swiglu_truth(x, *weights))
+        assert np.all(np.isnan(got[[0, T + 1]].astype(F32)))
+
+
+@pytest.mark.parametrize("x_type", [BF16, F32])
+def test_sums_of_one_sign(side, rng, x_type):
+    """What tensor cores cut off adds up: they round toward zero."""
+    x, weight = np.abs(random(rng, (5, 4104), x_type)), np.abs(random(rng, (9, 4104), BF16))
+    got = side.get(ops.matmul(side.put(x), side.put(weight)))
+    truth = wide(x) @ wide(weight).T
+    terms = 4104 / 32 + 90 if side is not Reference and x_type == F32 else 11 / 8 * 4104
+    assert_close(got, truth, terms * EPS32 * truth)
+
+
+@pytest.mark.parametrize("T", [5, 65])
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30, 1e38])
+def test_float32_rows_keep_all_their_bits(side, rng, shape, T, scale):
+    """By a permutation: the parts into which a value is cut add up to it, and no part is lost."""
+    x = (rng.uniform(1, 2, (T, 64)) * rng.choice([-1, 1], (T, 64)) * scale).astype(F32)
+    order = rng.permutation(64)
+    got = side.get(ops.matmul(side.put(x), side.put(np.eye(64, dtype=BF16)[order])))
+    assert np.array_equal(got, x[:, order])
+
+
+def test_the_largest_float32_row(side, shape):
+    x = np.full((5, 16), np.finfo(F32).max)
+    x[1], x[2, 3] = -x[1], 0
+    got = side.get(ops.matmul(side.put(x), side.put(np.eye(16, dtype=BF16))))
+    assert np.array_equal(got, x)
+
+
+@pytest.mark.parametrize("x_type", [BF16, F32])
+@pytest.mark.parametrize("D", [64, 128])
+def test_a_row_is_the_same_in_every_tile(side, rng, monkeypatch, x_type, D):
+    """Bit for bit, among 5 rows, 33 or 130."""
+    if side is Reference:
+        pytest.skip("the order in which OpenBLAS adds depends on the shape")
+    inputs = qkv_inputs(rng, 130, 2, 1, D, 104, bias=True)
+    x, gate, up = random(rng, (130, 104), x_type), *(random(rng, (40, 104), BF16) for _ in range(2))
+    whole = None
+    for shape, few in (("wide", slice(0, 130)), ("middle", slice(0, 130)), ("few", slice(60, 93)), ("wide", slice(3, 8))):
+        monkeypatch.setattr(cuda, "_choose", lambda *_, shape=shape: shape)
+        rows = side.put(x[few])
+        part = run_qkv_rope(side, {**inputs, "x": x[few], "positions": inputs["positions"][few]})
+        part += ops.matmul(rows, side.put(gate)), ops.swiglu(rows, side.put(gate), side.put(up))
+        results = [side.get(array) for array in part]
+        whole = whole or results
+        for got, expected in zip(results, whole, strict=True):
+            assert np.array_equal(got, expected[few])
+
+
+@pytest.mark.parametrize("x_type", [BF16, F32])
+@pytest.mark.parametrize("bias,gain", [(False, True), (True, False)])
+@pytest.mark.parametrize("T,H,K,D,C", [(17, 1, 1, 128, 40), (65, 2, 1, 128, 72), (66, 3, 2, 64, 40)])
+def test_qkv_rope_of_many_rows(side, rng, shape, T, H, K, D, C, bias, gain, x_type):
+    """Whole heads a tile, one or two, of one kind or of two; k and v to rows of a cache, in any order."""
+    inputs, rows = qkv_inputs(rng, T, H, K, D, C, bias=bias, gain=gain), rng.permutation(T + 3)[:T].astype(np.int32)
+    inputs["x"] = inputs["x"].astype(x_type)
+    q, q_ms, k_ms = (side.put(poisoned(shape)) for shape in ((T, H, D), (T, H), (T, K)))
+    keys, values = side.put(poisoned((T + 3, K, D))), side.put(poisoned((T + 3, K, D), BF16))
+    run_qkv_rope(side, inputs, out=(q, keys, values, q_ms, k_ms), rows=side.put(rows))
+    truths = qkv_truth(**inputs)
+    others = np.setdiff1d(np.arange(T + 3), rows)
+    for array, (truth, bound), cached in zip((q, keys, values, q_ms, k_ms), truths, (0, 1, 1, 0, 0), strict=True):
+        got = side.get(array)
+        assert_close(got[rows] if cached else got, truth, bound)
+        assert not cached or np.all(np.isnan(got[others].astype(F32)))
+
+
+@pytest.mark.parametrize("rows,N", [(1, 1), (1, 31), (1, 151936), (3, 1025), (5, 4096), (0, 7), (2, 4099), (3, 9001), (1, 300001)])
 def test_argmax(side, rng, rows, N):
     x = random(rng, (rows, N))
     out = side.put(np.full(rows, -7, np.int32))
@@ -530,8 +750,9 @@ def test_argmax(side, rng, rows, N):
     assert np.array_equal(side.get(out), np.argmax(x, -1))
 
 
-def test_argmax_ties_infinities_and_nan(side):
-    x = np.full((6, 2000), -1.0, F32)
+@pytest.mark.parametrize("N", [2000, 20000, 20001])
+def test_argmax_ties_infinities_and_nan(side, N):
+    x = np.full((6, N), -1.0, F32)
     x[0, [7, 1500]] = 3.0
     x[1, :] = -np.inf
     x[2, [1999, 40]] = np.inf
@@ -562,20 +783,61 @@ def test_float64_is_float64_throughout(rng):
         assert array.dtype == np.float64
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_row_does_not_depend_on_the_rows_beside_it(side, rng, rows, more):
-    """Bit for bit, as long as the same entry point is chosen (matmul and qkv_rope: up to 4 rows, or more)."""
+    """Bit for bit, up to 4 rows and beyond (matmul, swiglu and qkv_rope; between the two they sum in different orders)."""
     if side is Reference:
         pytest.skip("NumPy's BLAS chooses its own order of summation")
     rows, total = (rows, 4) if not more else (rows + 4, 40)
     x, weight = random(rng, (total, 96)), side.put(random(rng, (70, 96), BF16))
     few, many = (side.get(ops.matmul(side.put(x[:n]), weight)) for n in (rows, total))
     assert np.array_equal(few, many[:rows])
+    few, many = (side.get(ops.swiglu(side.put(x[:n]), weight, weight)) for n in (rows, total))
+    assert np.array_equal(few, many[:rows])
     inputs = qkv_inputs(rng, total, 2, 1, 32, 96)
     cut = {**inputs, "x": inputs["x"][:rows], "positions": inputs["positions"][:rows]}
     for few, many in zip(run_qkv_rope(side, cut), run_qkv_rope(side, inputs), strict=True):
         assert np.array_equal(side.get(few), side.get(many)[:rows])
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_counters_are_left_zero(side, rng, T):
+    """By what sums up in its last block, whatever ran before: repeated calls, other sizes, other rows."""
+    if side is Reference:
+        pytest.skip("NumPy has no blocks")
+    x = random(rng, (T, 9000))
+    for heads in (3, 1, 2, 3):
+        inputs = qkv_inputs(rng, T, heads, 1, 128, 64)
+        for array, (truth, bound) in zip(run_qkv_rope(side, inputs), qkv_truth(**inputs), strict=True):
+            assert_close(side.get(array), truth, bound)
+        assert np.array_equal(side.get(ops.argmax(side.put(x))), np.argmax(x, -1))
+        assert not side.get(launch.workspace()).any()
+
+
+@pytest.mark.gpu
+def test_every_stream_and_every_recording_has_counters_of_its_own(rng):
+    import cupy
+
+    x = [Gpu.put(random(rng, (3, 9000))) for _ in range(2)]
+    truth = [array.get().argmax(-1) for array in x]
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    counters = []
+    for stream in streams:
+        with stream:
+            counters.append(launch.workspace())
+            assert launch.workspace() is counters[-1]
+    assert counters[0].data.ptr != counters[1].data.ptr != launch.workspace().data.ptr
+    cupy.cuda.Device().synchronize()
+    recordings = [launch.record(lambda array=array: (ops.argmax(array), launch.workspace())) for array in x]
+    assert len({array.data.ptr for array in (*counters, launch.workspace(), *(r[1][1] for r in recordings))}) == 5
+    for _ in range(50):  # at once
+        for (start, _), stream in zip(recordings, streams, strict=True):
+            with stream:
+                start()
+    cupy.cuda.Device().synchronize()
+    for (_, (found, left)), expected in zip(recordings, truth, strict=True):
+        assert np.array_equal(found.get(), expected) and not left.get().any()
 
 
 @pytest.mark.gpu
@@ -588,6 +850,8 @@ def test_hundred_runs_are_identical(rng):
     def results():
         yield from run_qkv_rope(Gpu, inputs)
         yield from (ops.matmul(x, weight), ops.matmul(x[:1], weight), ops.rmsnorm(x, weight[0]))
+        yield from (ops.swiglu(x[:1], weight, weight), ops.swiglu(x[:3], weight, weight))
+        yield from run_qkv_rope(Gpu, {**inputs, "x": inputs["x"][:1], "positions": inputs["positions"][:1]})
         yield ops.attention(q, keys, keys, positions)
         yield ops.attention(q[:1], keys, keys, last)
 
@@ -619,20 +883,28 @@ def test_real_sizes_on_the_gpu(rng, hidden, heads, kv_heads, ffn, T):
     (lambda a: ops.rmsnorm(a(2, 4, dtype=np.int32), a(4)), TypeError, "rmsnorm: x: wanted dtype .*, got int32"),
     (lambda a: ops.rmsnorm(a(2, 4), a(4), out=a(4, 4)), ValueError, r"rmsnorm: out: wanted shape \[2, 4\], got \[4, 4\]"),
     (lambda a: ops.matmul(a(2, 4), a(3, 5)), ValueError, r"matmul: weight: wanted shape \[N, C\] with C = 4, got \[3, 5\]"),
-    (lambda a: ops.matmul(a(2, 4, dtype=BF16), a(3, 4)), TypeError, "matmul: x: wanted dtype .*, got bfloat16"),
-    (lambda a: ops.matmul(a(2, 4), a(3, 4), residual=a(2, 2)), ValueError, r"matmul: residual: wanted shape \[2, 3\]"),
+    (lambda a: ops.matmul(a(2, 4, dtype=F16), a(3, 4)), TypeError, "matmul: x: wanted dtype .*, got float16"),
+    (lambda a: ops.swiglu(a(2, 4), a(3, 4), a(4, 4)), ValueError, r"swiglu: up_proj: wanted shape \[F, C\] with F = 3, C = 4, got \[4, 4\]"),
+    (lambda a: ops.swiglu(a(2, 4), a(3, 4), a(3, 4, dtype=BF16)), TypeError, "swiglu: up_proj: wanted dtype"),
+    (lambda a: ops.matmul(a(2, 4), a(3, 4), residual=a(2, 2)), ValueError, r"matmul: residual: wanted shape \[\.\.\., N\] with N = 3, got \[2, 2\]"),
+    (lambda a: ops.matmul(a(2, 4), a(3, 4), residual=a(4, 3)), ValueError, r"matmul: residual: wanted leading dimensions that broadcast with \[2\], .* got \[4\]"),
     (lambda a: ops.embed(a(2), a(3, 4)), TypeError, "embed: ids: wanted dtype .*, got float32"),
     (lambda a: ops.rmsnorm(a(2, 4), a(4), "1e-6"), TypeError, "rmsnorm: eps: wanted a number, got str"),
     (lambda a: ops.attention(a(1, 2, 0), a(4, 2, 0), a(4, 2, 0), a(1, dtype=np.int32)), ValueError, "attention: q: wanted at least one"),
     (lambda a: ops.attention(a(1, 0, 8), a(4, 2, 8), a(4, 2, 8), a(1, dtype=np.int32)), ValueError, "attention: q: wanted a multiple"),
     (lambda a: ops.argmax(a(2, 3), out=a(2, dtype=np.float64)), TypeError, "argmax: out: wanted dtype int32"),
-    (lambda a: ops.silu_mul(a(2), a(3)), ValueError, r"silu_mul: up: wanted shape \[2\], got \[3\]"),
+    (lambda a: ops.silu_mul(a(2), a(3)), ValueError, r"silu_mul: up: wanted leading dimensions that broadcast with \[2\], .* got \[3\]"),
     (lambda a: ops.argmax(a(0)), ValueError, "argmax: x: wanted at least one"),
     (lambda a: ops.attention(a(1, 3, 8), a(4, 2, 8), a(4, 2, 8), a(1, dtype=np.int32)), ValueError, "attention: q: wanted a multiple of K = 2 heads, got 3"),
     (lambda a: ops.attention(a(1, 2, 8), a(4, 2, 8), a(4, 2, 8, dtype=BF16), a(1, dtype=np.int32)), TypeError, "attention: values"),
     (lambda a: ops.qkv_rope(a(1, 4), a(6, 4), a(8, 4), a(8, 4), a(9, 4), a(9, 4), a(1, dtype=np.int32)), ValueError, "qkv_rope: q_proj: wanted a multiple of D = 8 rows"),
     (lambda a: ops.qkv_rope(a(1, 4), a(8, 4), a(8, 4), a(8, 4), a(9, 4), a(9, 4), a(1, dtype=np.int32), out=(None,)), ValueError, "qkv_rope: out: wanted five"),
-    (lambda a: ops.qk_norm(a(1, 2, 8), a(1, 2, 8), a(1, 2), a(1, 2), rows=a(2, dtype=np.int32), out=(None, a(9, 2, 8))), ValueError, r"qk_norm: rows: wanted shape \[T\] with T = 1"),
+    (lambda a: ops.qk_norm(a(3, 2, 8), a(3, 2, 8), a(3, 2), a(3, 2), rows=a(2, dtype=np.int32), out=(None, a(9, 2, 8))), ValueError, r"qk_norm: rows: wanted leading dimensions that broadcast with \[3\], .* got \[2\]"),
+    (lambda a: ops.qk_norm(a(2, 8), a(2, 8), a(2), a(2), rows=a(1, dtype=np.int32), out=(None, a(9, 2, 4))), ValueError, r"qk_norm: out\[1\] \(k\): wanted shape \[9, 2, 8\], got \[9, 2, 4\]"),
+    (lambda a: ops.qk_norm(a(2, 8), a(2, 8), a(2), a(2), rows=1.5), TypeError, "qk_norm: rows: wanted a NumPy or CuPy array, got float"),
+    (lambda a: ops.attention(a(2, 8), a(4, 2, 8), a(4, 2, 8), True), TypeError, "attention: positions: wanted a NumPy or CuPy array, got bool"),
+    (lambda a: ops.attention(a(3, 2, 8), a(4, 2, 8), a(4, 2, 8), a(2, dtype=np.int32)), ValueError, r"attention: positions: wanted leading dimensions that broadcast with \[3\], .* got \[2\]"),
+    (lambda a: ops.attention(a(8), a(4, 2, 8), a(4, 2, 8), 0), ValueError, r"attention: q: wanted shape \[\.\.\., H, D\], got \[8\]"),
     (lambda a: ops.qk_norm(a(1, 2, 8), a(1, 2, 8), a(1, 2), a(1, 2), out=(None, a(9, 2, 8))), ValueError, r"qk_norm: out\[1\] \(k\): wanted shape \[1, 2, 8\]"),
     (lambda a: ops.qk_norm(a(1, 2, 8), a(1, 2, 8), a(1, 2), a(1, 3)), ValueError, "qk_norm: k_ms"),
 ])  # fmt: skip
@@ -642,6 +914,125 @@ def test_refusals(side, call, error, message):
 
     with pytest.raises(error, match=message):
         call(array)
+
+
+@pytest.mark.parametrize("lead,positions", [((), ()), ((6,), ()), ((2, 3), (3,)), ((2, 3), (2, 1)), ((3,), (2, 1)), ((0, 2), (2,)), ((2, 1, 3), (1,))])  # fmt: skip
+def test_leading_dimensions_broadcast(side, rng, lead, positions):
+    """The NumPy way, and then as if they had been one: what the two ways compute is the same, bit for bit."""
+    H, K, D, S = 4, 2, 64, 20
+    full = np.broadcast_shapes(lead, positions)
+    T = math.prod(full)
+    inputs = qkv_inputs(rng, T, H, K, D, 96)
+    inputs["x"] = random(rng, (*lead, 96))
+    inputs["positions"] = np.asarray(rng.integers(0, 12, positions), np.int32)
+    at = np.broadcast_to(inputs["positions"], full).reshape(T).copy()
+    flat = {**inputs, "x": np.broadcast_to(inputs["x"], (*full, 96)).reshape(T, 96), "positions": at}
+    results, truths = run_qkv_rope(side, inputs), run_qkv_rope(side, flat)
+    keys, values = (side.put(random(rng, (S, K, D), BF16)) for _ in range(2))
+    results += ops.qk_norm(results[0], results[1], *results[3:])
+    truths += ops.qk_norm(truths[0], truths[1], *truths[3:])
+    results += (ops.attention(results[-2], keys, values, side.put(inputs["positions"])),)
+    truths += (ops.attention(truths[-2], keys, values, side.put(at)),)
+    cores = ((H, D), (K, D), (K, D), (H,), (K,), (H, D), (K, D), (H, D))
+    for got, truth, core in zip(results, truths, cores, strict=True):
+        assert got.shape == (*full, *core)
+        assert np.array_equal(side.get(got).reshape(T, *core), side.get(truth))
+    out = tuple(side.put(poisoned(array.shape)) for array in results)
+    again = run_qkv_rope(side, inputs, out=out[:5])
+    again += ops.qk_norm(results[0], results[1], *results[3:5], out=out[5:7])
+    again += (ops.attention(results[5], keys, values, side.put(inputs["positions"]), out=out[7]),)
+    for got, target, expected in zip(again, out, results, strict=True):
+        assert got is target and np.array_equal(side.get(got), side.get(expected))
+    gate, up = (np.asarray(rng.standard_normal(shape), F32) for shape in (lead, positions))
+    got = side.get(ops.silu_mul(side.put(gate), side.put(up)))
+    repeated = [side.put(np.broadcast_to(a, full).copy()) for a in (gate, up)]
+    assert got.shape == full and np.array_equal(got, side.get(ops.silu_mul(*repeated)))
+
+
+@pytest.mark.parametrize("lead,rows", [((), 4), ((1, 1), 4), ((1, 3), [0, 5, 2]), ((2, 3), [[3], [1]]), ((2, 3), [[0, 6, 2], [4, 1, 5]])])  # fmt: skip
+def test_rows_broadcast(side, rng, lead, rows):
+    core, S = (2, 8), 7
+    k = random(rng, (*np.shape(rows), *core))  # tokens that share a row have the same k, so that any one's is right
+    q, cache = side.put(random(rng, (*lead, 4, 8))), side.put(poisoned((S, *core)))
+    at = rows if isinstance(rows, int) else side.put(np.array(rows, np.int32))
+    ms = side.put(np.zeros(4, F32)), side.put(np.zeros(2, F32))
+    q_out, k_out = ops.qk_norm(q, side.put(k), *ms, 1.0, rows=at, out=(None, cache))
+    assert k_out is cache and q_out.shape == (*lead, 4, 8)
+    expected = poisoned((S, *core))
+    expected[rows] = k
+    assert np.array_equal(side.get(cache), expected, equal_nan=True)
+
+
+def test_a_position_may_be_a_python_int(side, rng):
+    q, rows = side.put(random(rng, (3, 2, 64))), side.put(random(rng, (9, 1, 64)))
+    got, array = (side.get(ops.attention(q, rows, rows, at)) for at in (5, side.put(np.full(3, 5, np.int32))))
+    assert np.array_equal(got, array)
+    for far in (9, -1, 2**40, -(2**40)):
+        if side is Reference:
+            with pytest.raises(ValueError, match=r"attention: positions: wanted 0\.\.8"):
+                ops.attention(q, rows, rows, far)
+        else:
+            assert np.all(np.isnan(side.get(ops.attention(q, rows, rows, far))))
+
+
+@pytest.mark.parametrize("T", [1, 2, 6])
+def test_a_residual_broadcasts(side, rng, T):
+    """One row, as a bias is; and one x to which several rows are added."""
+    x, weight, bias = random(rng, (T, 96)), random(rng, (40, 96), BF16), random(rng, (40,))
+    got, truth, bound = check_matmul(side, x, weight, residual=side.put(bias))
+    assert_close(got, truth + bias, bound + EPS32 * np.abs(truth + bias))
+    rows = random(rng, (3, T, 40))
+    got, truth, bound = check_matmul(side, x, weight, residual=side.put(rows))
+    assert_close(got, truth + rows, bound + EPS32 * np.abs(truth + rows))
+
+
+def test_numpy_takes_any_view(rng):
+    x, weight = (rng.integers(-9, 9, shape).astype(F32) for shape in ((96, 4), (96, 40)))  # no sum of these is rounded
+    assert np.array_equal(ops.matmul(x.T, weight.T), ops.matmul(x.T.copy(), weight.T.copy()))
+    big = np.zeros((3, 2, 5, 2, 8), F32)
+    q, k, ms = random(rng, (3, 2, 2, 8)), random(rng, (3, 2, 2, 8)), np.ones((3, 2, 2), F32)
+    q_out, _ = ops.qk_norm(q, k, ms, ms, out=(big[:, :, 1], big[:, :, 3]))
+    assert q_out.base is big and np.array_equal(big[:, :, 1], ops.qk_norm(q, k, ms, ms)[0])
+    assert np.array_equal(big[:, :, 3], ops.qk_norm(q, k, ms, ms)[1]) and not big[:, :, ::2].any()
+
+
+@pytest.mark.parametrize("call,message", [
+    (lambda a, m: ops.rmsnorm(m[:2], a(8), out=m[:2]), "rmsnorm: out: wanted memory of its own, got memory shared with x"),
+    (lambda a, m: ops.rmsnorm(a(2, 8), m[0], out=m[:2]), "rmsnorm: out: .* shared with weight"),
+    (lambda a, m: ops.matmul(m[:2], a(8, 8), out=m[1:3]), "matmul: out: .* shared with x"),
+    (lambda a, m: ops.matmul(a(2, 8), a(8, 8), residual=m[:2], out=m[1:3]), "matmul: out: wanted memory of its own or the very array residual, got memory shared with residual"),
+    (lambda a, m: ops.matmul(a(2, 8), a(8, 8), residual=m[0], out=m[:2]), "matmul: out: .* shared with residual"),
+    (lambda a, m: ops.silu_mul(m[:2], a(2, 8), out=m[1:3]), "silu_mul: out: .* shared with gate"),
+    (lambda a, m: ops.embed(a(2, dtype=np.int32), m, out=m[:2]), "embed: out: .* shared with table"),
+    (lambda a, m: ops.attention(a(1, 1, 8), m[:, None], m[:, None], 0, out=m[3:, None]), "attention: out: .* shared with keys"),
+    (lambda a, m: ops.qk_norm(m[:1, None], a(1, 1, 8), a(1, 1), a(1, 1), out=(None, m[:1, None])), r"qk_norm: out\[1\] \(k\): .* shared with q"),
+    (lambda a, m: ops.qk_norm(a(1, 1, 8), m[:1, None], a(1, 1), a(1, 1), rows=0, out=(None, m[:, None])), r"qk_norm: out\[1\] \(k\): .* shared with k"),
+    (lambda a, m: ops.qk_norm(a(1, 1, 8), a(1, 1, 8), a(1, 1), a(1, 1), out=(m[:1, None], m[:1, None])), r"qk_norm: out\[1\] \(k\): .* shared with out\[0\] \(q\)"),
+    (lambda a, m: ops.qkv_rope(m[:1], a(8, 8), a(8, 8), a(8, 8), a(9, 4), a(9, 4), 0, out=(m[:1, None], None, None, None, None)), r"qkv_rope: out\[0\] \(q\): .* shared with x"),
+])  # fmt: skip
+def test_memory_that_results_may_not_share(side, call, message):
+    def array(*shape, dtype=F32):
+        return side.put(np.zeros(shape, dtype))
+
+    with pytest.raises(ValueError, match=message):
+        call(array, array(4, 8))
+
+
+def test_memory_that_results_may_share(side, rng):
+    """The very same array where an operation says so; what lies beside it; nothing at all."""
+    x, rows = random(rng, (2, 3, 2, 64)), side.put(random(rng, (6, 2, 64)))
+    for make in (
+        lambda a: ops.silu_mul(a, side.put(x), out=a),
+        lambda a: ops.silu_mul(side.put(x), a, out=a),
+        lambda a: ops.attention(a, rows, rows, 5, out=a),
+        lambda a: ops.qk_norm(a, side.put(x), *[side.put(np.ones((2, 3, 2), F32))] * 2, out=(a, None))[0],
+        lambda a: ops.qk_norm(side.put(x), a, *[side.put(np.ones((2, 3, 2), F32))] * 2, out=(None, a))[1],
+    ):
+        a = side.put(x.copy())
+        assert make(a) is a and not np.array_equal(side.get(a), x)
+    memory = side.put(np.ones((4, 64), F32))
+    assert np.array_equal(side.get(ops.rmsnorm(memory[:2], side.put(np.ones(64, F32)), 0.0, out=memory[2:])), np.ones((2, 64)))
+    assert ops.rmsnorm(memory[2:2], memory[3], out=memory[2:2]).shape == (0, 64)
 
 
 def test_refusals_that_only_kernels_make(side, rng):

@@ -323,6 +323,17 @@ def test_the_sampler_remembers_like_the_function():
         assert sampler.sample(logits) == generated[-1]
 
 
+def test_uniforms_and_history_are_what_the_next_tokens_see():
+    """What another sampler needs to go on from here: the same numbers as single draws, and the penalties' memory."""
+    settings = Sampling(temperature=1.0, repetition_penalty=1.5, seed=3)
+    sampler, twin = (Sampler(settings, [1, 1, 4], 6) for _ in range(2))
+    assert sampler.history().tolist() == [0, 1, 0, 0, 1, 0] and sampler.history().dtype == np.int32
+    generated = [sampler.sample(np.array([0.0, 0, 0, 0, -np.inf, -np.inf])) for _ in range(9)]
+    history = np.bincount(generated, minlength=6) + np.isin(np.arange(6), [1, 4, *generated])
+    assert sampler.history().tolist() == history.tolist()
+    assert twin.uniforms(12).tolist() == [*np.random.Generator(np.random.PCG64(3)).random(9), *sampler.uniforms(3)]
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 def test_dtypes_and_that_logits_are_not_changed(dtype):
     logits = np.array([1, 2, 3, 0.5], dtype)

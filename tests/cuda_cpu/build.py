@@ -123,7 +123,7 @@ def runtime() -> Path:
     text = '#line 1 "tests/cuda_cpu/runtime.cpp"\n' + (HEADERS / "runtime.cpp").read_text()
     # The scheduler itself is not instrumented: AddressSanitizer would take the frames of functions that never return,
     # because their fibre is done, for those of the stack's next user.
-    flags = ("-fno-sanitize=all",) if os.environ.get(SANITIZE) else ()
+    flags = ("-fno-sanitize=all", "-O2") if os.environ.get(SANITIZE) else ()
     flags += ("-DEMU_ASAN",) if "address" in os.environ.get(SANITIZE, "") else ()
     return _build("runtime", lambda: text, text, flags)
 

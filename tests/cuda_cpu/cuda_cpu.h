@@ -1,7 +1,7 @@
 // CUDA C++ for the CPU: what our kernels use of the language and its library, in terms of runtime.h. Included before
 // a kernel's source by build.py; kernels need no change, as long as dynamic shared memory is declared by
-// DYNAMIC_SHARED and inline PTX stands in ptx.cuh beside its C++ twin (#ifdef CUQWEN_CPU), which may call emu::warp_meet
-// for what a warp does together and emu::poll wherever it waits for memory to change.
+// DYNAMIC_SHARED and inline PTX stands in ptx.cuh, whose C++ twins in ptx_twins.h call emu::warp_meet for what a warp
+// does together and emu::poll wherever they wait for memory to change.
 //
 // Not here, so that a use does not compile: what a kernel of ours should not use (printf-style debugging aside), among
 // them __activemask, the intrinsics without _sync, and arithmetic on bf16x2 and half2.
@@ -108,6 +108,9 @@ inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __frsqrt_rn(float x) { return rsqrtf(x); }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dsub_rn(double a, double b) { return a - b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __int2float_rn(int x) { return float(x); }
 inline float __uint2float_rn(unsigned x) { return float(x); }
 inline float __double2float_rn(double x) { return float(x); }
@@ -146,6 +149,7 @@ inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __nanosleep(unsigned, emu::Site site = {}) { emu::poll("__nanosleep", site); }
+inline long long clock64() { return emu::clock_ns(); }
 
 namespace emu {
 template <class T> struct Given { typedef T type; };  // an argument that takes no part in deducing T
@@ -154,6 +158,7 @@ template <class T, class F> inline T update(T* p, F f) {
     __atomic_load(p, &old, __ATOMIC_SEQ_CST);
     do next = f(old);
     while (!__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    if (memcmp(&old, &next, sizeof(T))) progress();
     return old;
 }
 }  // namespace emu

@@ -11,6 +11,7 @@
 #include <chrono>
 #include <string>
 #include <thread>
+#include <unordered_map>
 
 #include "fibers.h"
 
@@ -28,13 +29,23 @@ struct Launch {
     dim3 grid, block;
     size_t shared_bytes;
     void** args;
+    unsigned long workers = 0;           // OS threads: blocks that run at once
     std::vector<unsigned long> order{};  // of the blocks
     ptrdiff_t static_offset = 0;         // from the kernel's anchor to its static __shared__ memory
     size_t static_bytes = 0;
     std::atomic<unsigned long> next{0};
     std::atomic<bool> failed{false};
+    std::atomic<int> running{0}, quiet{0};    // blocks that have started and not ended; those of them that only poll
+    std::atomic<unsigned long> activity{0};  // how often one of them stopped being quiet
+    std::atomic<uint64_t> idle{0}, looks{0};  // nanoseconds in which all were quiet; looks at the clock
+    std::mutex round_mutex{};
+    unsigned round = 0, in_round = 0;  // ends when every running block has polled in it
+    unsigned long round_activity = 0;
+    Clock::time_point round_start{};
     std::mutex report_mutex{};
     std::string report{};  // of the first failure
+
+    void poll(unsigned& round_of_block);
 
     void fail(const std::string& text) {
         std::lock_guard<std::mutex> lock(report_mutex);
@@ -57,6 +68,11 @@ public:
         return -1;
     }
     bool empty() const { return std::all_of(words.begin(), words.end(), [](uint64_t w) { return !w; }); }
+    bool remove(unsigned place) {  // whether it was there
+        const uint64_t bit = uint64_t(1) << (place % 64), before = words[place / 64];
+        words[place / 64] &= ~bit;
+        return before & bit;
+    }
     void clear() { std::fill(words.begin(), words.end(), 0); }
     void swap(Places& other) { words.swap(other.words); }
 
@@ -66,6 +82,36 @@ private:
 
 struct Block;
 
+// Bytes on their way into shared memory.
+struct Copy {
+    unsigned char* to;
+    const unsigned char* from;
+    unsigned size, bytes;  // to write; of those read, the rest are zeros
+    const char* what;
+    Site site;
+
+    void deliver(const unsigned char* data) const;
+};
+struct SmallCopy : Copy {  // cp.async
+    unsigned group;
+    unsigned char data[16];
+};
+struct LargeCopy : Copy {  // cp.async.bulk
+    std::vector<unsigned char> data;
+};
+
+struct MBarrier {
+    unsigned count, missing;           // arrivals of a phase; those still to come
+    unsigned long phase;
+    unsigned long announced, copied;   // bytes in this phase
+    std::vector<LargeCopy> copies;     // of this phase
+};
+
+struct NamedBarrier {
+    unsigned arrived, threads;    // threads by warps: 32 as soon as the last lane is there
+    std::vector<unsigned> lanes;  // that wait, by warp
+};
+
 struct Fiber : Thread {
     Block* block;
     Context context;
@@ -73,6 +119,9 @@ struct Fiber : Thread {
     bool returned;
     const char* waits_at;  // null while running or ready
     Site site;
+    const void* waits_on;  // an mbarrier or a named barrier
+    std::vector<SmallCopy> copies;
+    unsigned group;    // of the next copy
     void* fake_stack;  // AddressSanitizer's
 };
 
@@ -125,6 +174,8 @@ struct Block {
           shared_memory(launch.shared_bytes + GUARD + SHARED_ALIGNMENT) {
         const auto address = reinterpret_cast<uintptr_t>(shared_memory.data());
         shared = shared_memory.data() + (-address & (SHARED_ALIGNMENT - 1));
+        static_shared = static_cast<unsigned char*>(launch.kernel.shared_anchor()) + launch.static_offset;
+        for (NamedBarrier& b : named) b.lanes.resize(warps.size());
     }
     void run(unsigned long number);
     void give_way(const char* what, Site site);
@@ -132,6 +183,12 @@ struct Block {
     void thread_returned(Fiber& me);
     void release(Warp& warp, Meeting& meeting);
     void release_barrier();
+    void release_if_complete(NamedBarrier& barrier);
+    void progress();
+    bool in_shared(const void* p, size_t bytes) const;
+    MBarrier& find(const char* what, Site site, const unsigned long long* b);
+    void end_phase(MBarrier& b);
+    void wake(const char* what, Site site, const unsigned long long* b);
 
     Launch& launch;
     Stacks& stacks;
@@ -141,11 +198,19 @@ struct Block {
     Places ready, polling;
     Context worker;  // to go back to when the block has ended
     std::vector<unsigned char> shared_memory;
-    unsigned char* shared;
+    unsigned char *shared, *static_shared;
     unsigned returned;
     Barrier barrier;
-    bool quiet;  // nothing but polling since `quiet_since`
-    Clock::time_point quiet_since;
+    NamedBarrier named[16];
+    std::unordered_map<const void*, MBarrier> mbarriers;
+    std::unordered_map<const void*, unsigned long long> seen;  // by those who poll
+    uint64_t coins;   // state of a random generator
+    bool quiet;       // nothing but polling
+    bool only_local;  // and that of mbarriers alone, which nobody else will change
+    unsigned rounds;  // of all who poll, since anything moved
+    unsigned long watched;          // launch.activity
+    uint64_t quiet_since;           // launch.idle
+    unsigned round;                 // the last of launch.round in which this block has polled
     void* worker_fake_stack;
     const void* worker_low;
     size_t worker_size;
@@ -156,7 +221,9 @@ private:
     void poison_shared_memory();
     void check_guard();
     void switch_to(Fiber* from, Fiber* to, bool for_good);
-    [[noreturn]] void report_deadlock();
+    void watch();
+    std::string describe(const Fiber& f) const;
+    [[noreturn]] void report_deadlock(const char* what);
     static void fiber_entry();
 };
 
@@ -184,7 +251,8 @@ void Block::set_up(Fiber& f, unsigned linear, unsigned long number) {
     f.block_size = size, f.grid_size = grid;
     f.linear = linear, f.lane = linear % 32;
     f.dynamic_shared = shared;
-    f.block = this, f.returned = false, f.waits_at = nullptr, f.fake_stack = nullptr;
+    f.block = this, f.returned = false, f.waits_at = nullptr, f.waits_on = nullptr, f.fake_stack = nullptr;
+    f.copies.clear(), f.group = 0;
     stacks.set_canary(linear);
     prepare(f.context, stacks.low(linear), Stacks::SIZE, fiber_entry);
     warps[linear / 32].alive |= 1u << f.lane;
@@ -194,8 +262,7 @@ void Block::set_up(Fiber& f, unsigned linear, unsigned long number) {
 // Shared memory that was not written reads as NaN in every floating-point type, and never as what the last block left.
 void Block::poison_shared_memory() {
     memset(shared, 0xff, launch.shared_bytes);
-    if (launch.static_bytes)
-        memset(static_cast<char*>(launch.kernel.shared_anchor()) + launch.static_offset, 0xff, launch.static_bytes);
+    if (launch.static_bytes) memset(static_shared, 0xff, launch.static_bytes);
 #ifdef EMU_ASAN
     __asan_poison_memory_region(shared + launch.shared_bytes, GUARD);
 #else
@@ -216,13 +283,17 @@ void Block::check_guard() {
 
 void Block::run(unsigned long number) {
     set_order(number);
-    returned = 0, quiet = false, barrier = {};
-    ready.clear(), polling.clear();
+    returned = 0, quiet = false, barrier = {}, round = ~0u;
+    coins = number * 0x9e3779b97f4a7c15 ^ launch.options.seed;
+    ready.clear(), polling.clear(), mbarriers.clear(), seen.clear();
+    for (NamedBarrier& b : named) b.arrived = 0, std::fill(b.lanes.begin(), b.lanes.end(), 0);
+    launch.running++;
     for (Warp& warp : warps) warp.alive = warp.open = 0;
     for (unsigned i = 0; i < fibers.size(); i++) set_up(fibers[i], i, number);
     poison_shared_memory();
     worker_low = nullptr;
     switch_to(nullptr, &fibers[order[ready.take_first()]], false);
+    launch.running--;
     check_guard();
 }
 
@@ -265,9 +336,8 @@ void Block::give_way(const char* what, Site site) {
     int place = ready.take_first();
     while (place < 0) {
         if (launch.failed || returned == fibers.size()) leave();
-        const auto now = Clock::now();
-        if (!quiet) quiet = true, quiet_since = now;
-        if (polling.empty() || now - quiet_since > std::chrono::duration<double>(launch.options.patience)) report_deadlock();
+        if (polling.empty()) report_deadlock("deadlock: ");
+        watch();
         sched_yield();
         ready.swap(polling);
         place = ready.take_first();
@@ -277,13 +347,66 @@ void Block::give_way(const char* what, Site site) {
     if (&next != &me) switch_to(&me, &next, me.returned);
 }
 
+// Everybody waits or polls. That is a deadlock if they poll mbarriers alone, because nobody outside of the block can
+// change one; else when all running blocks have done nothing else for too long.
+void Block::watch() {
+    constexpr unsigned ROUNDS = 64;  // a kernel may count how often it has looked
+    launch.poll(round);
+    const unsigned long activity = launch.activity;
+    if (!quiet) {
+        quiet = only_local = true, rounds = 0, watched = activity, quiet_since = launch.idle;
+        launch.quiet++;
+        return;
+    }
+    if (++rounds > ROUNDS && only_local) report_deadlock("deadlock: ");
+    if (activity != watched) watched = activity, quiet_since = launch.idle;
+    else if (launch.idle - quiet_since > launch.options.patience * 1e9) report_deadlock("nothing but polling for too long: ");
+}
+
+// Time passes only if every running block has polled since the last time and none did anything else: not while a block
+// computes or its OS thread has to wait for a processor.
+void Launch::poll(unsigned& round_of_block) {
+    const std::lock_guard<std::mutex> lock(round_mutex);
+    if (round_of_block == round) return;
+    round_of_block = round;
+    if (++in_round < unsigned(running)) return;
+    constexpr uint64_t LONGEST = 100000000;  // a round that took longer had to wait for a processor
+    const auto now = Clock::now();
+    if (round_activity == activity && quiet >= running)
+        idle += std::min<uint64_t>(LONGEST, std::chrono::nanoseconds(now - round_start).count());
+    round++, in_round = 0, round_activity = activity, round_start = now;
+}
+
+void Block::progress() {
+    rounds = 0;
+    if (!quiet) return;
+    quiet = false;
+    launch.activity++;
+    launch.quiet--;
+}
+
 void Block::leave() {
     switch_to(&self(), nullptr, true);
     __builtin_unreachable();
 }
 
-void Block::report_deadlock() {
-    std::string text = polling.empty() ? "deadlock: " : "nothing but polling for too long: ";
+std::string Block::describe(const Fiber& f) const {
+    std::string text = " at " + name(f.waits_at, f.site);
+    if (!f.waits_on) return text;
+    const auto found = mbarriers.find(f.waits_on);
+    if (found == mbarriers.end()) {
+        const NamedBarrier& b = *static_cast<const NamedBarrier*>(f.waits_on);
+        return text + ", barrier " + std::to_string(&b - named) + ": " + std::to_string(b.arrived) + " of " +
+               std::to_string(b.threads) + " threads are there";
+    }
+    const MBarrier& b = found->second;
+    return text + ", phase " + std::to_string(b.phase) + ": " + std::to_string(b.missing) + " of " + std::to_string(b.count) +
+           " arrivals are missing, copies of " + std::to_string(b.copied) + " of " + std::to_string(b.announced) +
+           " announced bytes were issued";
+}
+
+void Block::report_deadlock(const char* what) {
+    std::string text = what;
     std::vector<bool> told(fibers.size());
     for (size_t i = 0; i < fibers.size(); i++) {
         const Fiber& f = fibers[i];
@@ -291,12 +414,18 @@ void Block::report_deadlock() {
         unsigned others = 0;
         for (size_t j = i + 1; j < fibers.size(); j++) {
             const Fiber& g = fibers[j];
-            if (g.returned || !g.waits_at || !same(g.waits_at, f.waits_at) || !same(g.site, f.site)) continue;
+            if (g.returned || !g.waits_at || !same(g.waits_at, f.waits_at) || !same(g.site, f.site) || g.waits_on != f.waits_on)
+                continue;
             told[j] = true, others++;
         }
         text += "thread " + name(f.index) + (others ? " and " + std::to_string(others) + " more wait" : " waits");
-        text += " at " + name(f.waits_at, f.site) + "; ";
+        text += describe(f) + "; ";
     }
+    const unsigned long blocks = launch.order.size(), started = std::min<unsigned long>(launch.next, blocks);
+    if (started < blocks)
+        text += std::to_string(blocks - started) + " of " + std::to_string(blocks) + " blocks have not started, because no more than " +
+                std::to_string(launch.workers) + " run at once: blocks that wait for each other need cooperative=True or settings." +
+                "resident_blocks; ";
     fail("%s%u threads have returned", text.c_str(), returned);
 }
 
@@ -305,30 +434,99 @@ void Block::release(Warp& warp, Meeting& meeting) {
     meeting.complete(meeting.arrived, meeting.operand);
     for (unsigned left = meeting.arrived; left; left &= left - 1) ready.add(lanes[__builtin_ctz(left)].place);
     warp.open &= ~(1u << (&meeting - warp.meeting));
-    quiet = false;
+    rounds = 0;
 }
 
 void Block::release_barrier() {
     barrier.result = barrier.votes;
     barrier.arrived = 0, barrier.votes = 0;
     for (const Fiber& f : fibers) ready.add(f.place);
-    quiet = false;
+    rounds = 0;
+}
+
+void Block::release_if_complete(NamedBarrier& barrier) {
+    barrier.arrived = 0;
+    for (size_t w = 0; w < warps.size(); w++)
+        if (barrier.lanes[w] && (barrier.lanes[w] & warps[w].alive) == warps[w].alive) barrier.arrived += 32;
+    if (barrier.arrived < barrier.threads) return;
+    for (size_t w = 0; w < warps.size(); w++)
+        for (unsigned left = barrier.lanes[w] & warps[w].alive; left; left &= left - 1)
+            ready.add(fibers[w * 32 + __builtin_ctz(left)].place);
+    std::fill(barrier.lanes.begin(), barrier.lanes.end(), 0);
+    barrier.arrived = 0;
+    rounds = 0;
 }
 
 void Block::thread_returned(Fiber& me) {
     me.returned = true;
     returned++;
-    quiet = false;
+    progress();
     if (barrier.arrived)
         fail("a thread returned while %u others wait at %s, which every thread of a block must reach", barrier.arrived,
              name(barrier.what, barrier.site).c_str());
+    if (!me.copies.empty())
+        fail("a thread returned without waiting for %zu copies, the first by %s", me.copies.size(),
+             name(me.copies[0].what, me.copies[0].site).c_str());
+    if (returned == fibers.size())
+        for (const auto& [_, b] : mbarriers)
+            if (!b.copies.empty())
+                fail("a block ended without waiting for %zu bulk copies, the first by %s", b.copies.size(),
+                     name(b.copies[0].what, b.copies[0].site).c_str());
     Warp& warp = warps[me.linear / 32];
     warp.alive &= ~(1u << me.lane);
+    for (NamedBarrier& b : named)
+        if (b.lanes[me.linear / 32]) release_if_complete(b);
     for (unsigned left = warp.open; left; left &= left - 1) {
         Meeting& meeting = warp.meeting[__builtin_ctz(left)];
         if (meeting.arrived == (meeting.mask & warp.alive)) release(warp, meeting);
     }
     give_way(nullptr, {});
+}
+
+bool Block::in_shared(const void* p, size_t bytes) const {
+    const auto inside = [&](const unsigned char* low, size_t size) {
+        const size_t offset = static_cast<const unsigned char*>(p) - low;  // huge if p lies below
+        return offset < size && bytes <= size - offset;
+    };
+    return inside(shared, launch.shared_bytes) || inside(static_shared, launch.static_bytes);
+}
+
+// What the copy writes was NaN since it was issued; what its source became meanwhile may have been read or not.
+void Copy::deliver(const unsigned char* data) const {
+    if (std::any_of(to, to + size, [](unsigned char byte) { return byte != 0xff; }))
+        fail("%s: something else was written to its destination before it was waited for", name(what, site).c_str());
+    memcpy(to, data, size);
+    for (unsigned i = 0; i < bytes; i += 4)  // by words, so that what becomes of a float is NaN
+        if (memcmp(from + i, data + i, std::min(4u, bytes - i))) memset(to + i, 0xff, 4);
+}
+
+// What an initialised mbarrier holds: nothing that a kernel writes by accident, or copies from another place.
+unsigned long long mbarrier_mark(const unsigned long long* b) {
+    return reinterpret_cast<uintptr_t>(b) * 0x9e3779b97f4a7c15 ^ 0x6261727269657221;
+}
+
+MBarrier& Block::find(const char* what, Site site, const unsigned long long* b) {
+    check_shared(what, site, b, 8, 8);
+    const auto found = mbarriers.find(b);
+    if (found == mbarriers.end()) fail("%s: the mbarrier was not initialised", name(what, site).c_str());
+    if (*b != mbarrier_mark(b)) fail("%s: the mbarrier was overwritten", name(what, site).c_str());
+    return found->second;
+}
+
+void Block::end_phase(MBarrier& b) {
+    for (const LargeCopy& copy : b.copies) copy.deliver(copy.data.data());
+    b.copies.clear();
+    b.phase++, b.missing = b.count, b.announced = b.copied = 0;
+    progress();
+}
+
+// The phase's end is there to be seen: lets those who wait for it run at once if they come before this thread in the
+// block's order, so that a slot released too early is overwritten before its last reader goes on.
+void Block::wake(const char* what, Site site, const unsigned long long* b) {
+    for (const Fiber& f : fibers)
+        if (f.waits_on == b && polling.remove(f.place)) ready.add(f.place);
+    ready.add(self().place);
+    give_way(what, site);
 }
 
 // All thread-local memory of a kernel's library is its static __shared__ memory, besides the anchor: finds it in the
@@ -408,8 +606,213 @@ void warp_meet(const char* what, Site site, unsigned mask, void* operand, Comple
 
 void poll(const char* what, Site site) {
     Fiber& me = self();
+    me.block->only_local = false;
     me.block->polling.add(me.place);
     me.block->give_way(what, site);
+}
+
+void progress() { self().block->progress(); }
+
+bool seen_before(const void* p, unsigned long long value, const char* what, Site site) {
+    Block& block = *self().block;
+    const auto [at, is_new] = block.seen.try_emplace(p, value);
+    if (is_new || at->second != value) {
+        at->second = value;
+        block.progress();
+        return false;
+    }
+    poll(what, site);
+    return true;
+}
+
+bool coin() {
+    uint64_t& state = self().block->coins;
+    state = state * 6364136223846793005 + 1442695040888963407;
+    return state >> 63;
+}
+
+void breathe() { sched_yield(); }
+
+unsigned long long clock_ns() {
+    Block& block = *self().block;
+    block.only_local = false;  // who looks at the clock will go on by itself
+    return (1ull << 60) + block.launch.idle + 32 * block.launch.looks++;
+}
+
+// ---- the instructions of ptx.cuh ----
+
+void check_shared(const char* what, Site site, const void* p, size_t bytes, size_t alignment) {
+    if (!self().block->in_shared(p, bytes))
+        fail("%s: %zu bytes at %p do not lie in the block's shared memory", name(what, site).c_str(), bytes, p);
+    if (reinterpret_cast<uintptr_t>(p) % alignment)
+        fail("%s: misaligned address in shared memory: %p, wanted a multiple of %zu", name(what, site).c_str(), p, alignment);
+}
+
+void check_global(const char* what, Site site, const void* p, size_t bytes, size_t alignment) {
+    if (self().block->in_shared(p, bytes ? bytes : 1))
+        fail("%s: %p lies in shared memory, wanted an address in global memory", name(what, site).c_str(), p);
+    if (reinterpret_cast<uintptr_t>(p) % alignment)
+        fail("%s: misaligned address in global memory: %p, wanted a multiple of %zu", name(what, site).c_str(), p, alignment);
+}
+
+void async_copy(const char* what, Site site, void* to, const void* from, const void* data, unsigned bytes) {
+    Fiber& me = self();
+    SmallCopy copy{{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), 16, bytes, what, site}, me.group, {}};
+    memcpy(copy.data, data, bytes);
+    memset(to, 0xff, 16);
+    me.copies.push_back(copy);
+}
+
+void async_commit() { self().group++; }
+
+void async_wait(unsigned groups_left) {
+    Fiber& me = self();
+    size_t done = 0;  // copies are in the order of their groups; those not yet committed are waited for by nobody
+    while (done < me.copies.size() && me.copies[done].group + groups_left < me.group) {
+        me.copies[done].deliver(me.copies[done].data);
+        done++;
+    }
+    me.copies.erase(me.copies.begin(), me.copies.begin() + done);
+}
+
+void whole_warp(const char* what, unsigned present) {
+    if (present != ~0u) fail("%s: wanted all 32 lanes of the warp, got 0x%08x", what, present);
+}
+
+void multiply_fragments(unsigned present, void** operands) {
+    whole_warp("mma_bf16", present);
+    // in float64, where each product is exact: better than the hardware's sums, of which PTX promises little
+    typedef double Pair __attribute__((vector_size(16)));  // what every processor has
+    double a[16][16];
+    union { Pair pairs[16][4]; double at[16][8]; } b, d;
+    const auto put = [](double& low, double& high, unsigned pair) {
+        const unsigned bits[2] = {pair << 16, pair & 0xffff0000u};
+        float values[2];
+        memcpy(values, bits, 8);
+        low = values[0], high = values[1];
+    };
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const Fragments& f = *static_cast<Fragments*>(operands[lane]);
+        const unsigned g = lane / 4, i = lane % 4 * 2;
+        for (unsigned r = 0; r < 4; r++) put(a[g + r % 2 * 8][i + r / 2 * 8], a[g + r % 2 * 8][i + r / 2 * 8 + 1], f.a[r]);
+        for (unsigned r = 0; r < 2; r++) put(b.at[i + r * 8][g], b.at[i + r * 8 + 1][g], f.b[r]);
+    }
+    for (unsigned m = 0; m < 16; m++) {
+        Pair sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
+        for (unsigned k = 0; k < 16; k++) {
+            const Pair* row = b.pairs[k];
+            const double x = a[m][k];
+            sum0 += x * row[0], sum1 += x * row[1], sum2 += x * row[2], sum3 += x * row[3];
+        }
+        Pair* row = d.pairs[m];
+        row[0] = sum0, row[1] = sum1, row[2] = sum2, row[3] = sum3;
+    }
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const Fragments& f = *static_cast<Fragments*>(operands[lane]);
+        for (unsigned r = 0; r < 4; r++) f.d[r] = float(f.d[r] + d.at[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2]);
+    }
+}
+
+void load_matrices(unsigned present, void** operands) {
+    whole_warp("ldmatrix_x4", present);
+    for (unsigned lane = 0; lane < 32; lane++)
+        for (unsigned i = 0; i < 4; i++)
+            static_cast<MatrixRow*>(operands[lane])->r[i] = static_cast<MatrixRow*>(operands[8 * i + lane / 4])->row[lane % 4];
+}
+
+void load_matrices_transposed(unsigned present, void** operands) {
+    whole_warp("ldmatrix_x4_trans", present);
+    for (unsigned lane = 0; lane < 32; lane++)
+        for (unsigned i = 0; i < 4; i++) {
+            unsigned short pair[2];  // rows 2 (lane % 4), + 1 of matrix i, column lane / 4
+            for (unsigned j = 0; j < 2; j++)
+                memcpy(pair + j, reinterpret_cast<char*>(static_cast<MatrixRow*>(operands[8 * i + lane % 4 * 2 + j])->row) + lane / 4 * 2, 2);
+            static_cast<MatrixRow*>(operands[lane])->r[i] = pair[0] | unsigned(pair[1]) << 16;
+        }
+}
+
+void mbarrier_init(const char* what, Site site, unsigned long long* b, unsigned count) {
+    check_shared(what, site, b, 8, 8);
+    if (count < 1 || count >= 1u << 20) fail("%s: count: wanted 1 to 2^20 - 1, got %u", name(what, site).c_str(), count);
+    if (!self().block->mbarriers.try_emplace(b, MBarrier{count, count, 0, 0, 0, {}}).second)
+        fail("%s: the mbarrier was initialised before", name(what, site).c_str());
+    *b = mbarrier_mark(b);
+}
+
+void mbarrier_arrive(const char* what, Site site, unsigned long long* at, unsigned bytes) {
+    Block& block = *self().block;
+    MBarrier& b = block.find(what, site, at);
+    if (!b.missing)
+        fail("%s: one arrival too many in phase %lu, which has all %u and ends when somebody waits for its copies",
+             name(what, site).c_str(), b.phase, b.count);
+    b.missing--, b.announced += bytes;
+    if (b.announced >= 1u << 20)
+        fail("%s: %lu bytes are announced in phase %lu, wanted less than 2^20", name(what, site).c_str(), b.announced, b.phase);
+    if (!b.missing && b.copied > b.announced)
+        fail("%s: copies of %lu bytes were issued in phase %lu, %lu announced", name(what, site).c_str(), b.copied, b.phase, b.announced);
+    block.progress();
+    if (b.missing || b.announced != b.copied) return;
+    if (!b.announced) block.end_phase(b);
+    block.wake(what, site, at);
+}
+
+bool mbarrier_ended(const char* what, Site site, unsigned long long* at, unsigned parity) {
+    Block& block = *self().block;
+    MBarrier& b = block.find(what, site, at);
+    if (parity > 1) fail("%s: parity: wanted 0 or 1, got %u", name(what, site).c_str(), parity);
+    if (b.phase % 2 != parity) return true;
+    if (b.missing || b.announced != b.copied) return false;
+    block.end_phase(b);
+    return true;
+}
+
+void mbarrier_poll(const char* what, Site site, unsigned long long* b) {
+    Fiber& me = self();
+    me.waits_on = b;
+    me.block->polling.add(me.place);
+    me.block->give_way(what, site);
+    me.waits_on = nullptr;
+}
+
+unsigned char* bulk_copy(const char* what, Site site, void* to, const void* from, unsigned bytes, unsigned long long* at) {
+    Block& block = *self().block;
+    MBarrier& b = block.find(what, site, at);
+    if (bytes == 0 || bytes % 16) fail("%s: bytes: wanted a positive multiple of 16, got %u", name(what, site).c_str(), bytes);
+    check_shared(what, site, to, bytes, 16);
+    check_global(what, site, from, bytes, 16);
+    b.copied += bytes;
+    if (!b.missing && b.copied > b.announced)
+        fail("%s: copies of %lu bytes were issued in phase %lu, %lu announced", name(what, site).c_str(), b.copied, b.phase, b.announced);
+    memset(to, 0xff, bytes);
+    const Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, bytes, what, site};
+    b.copies.push_back({copy, std::vector<unsigned char>(bytes)});
+    block.progress();
+    return b.copies.back().data.data();
+}
+
+void bulk_copy_issued(const char* what, Site site, unsigned long long* at) {
+    Block& block = *self().block;
+    const MBarrier& b = block.find(what, site, at);
+    if (!b.missing && b.announced == b.copied) block.wake(what, site, at);
+}
+
+void named_barrier(const char* what, Site site, int id, int threads) {
+    Fiber& me = self();
+    Block& block = *me.block;
+    if (id < 1 || id > 15) fail("%s: id: wanted 1 to 15, got %d", name(what, site).c_str(), id);
+    if (threads < 32 || threads % 32 || size_t(threads) > block.warps.size() * 32)
+        fail("%s: threads: wanted whole warps of the block (a multiple of 32 up to %zu), got %d", name(what, site).c_str(),
+             block.warps.size() * 32, threads);
+    NamedBarrier& b = block.named[id];
+    if (std::all_of(b.lanes.begin(), b.lanes.end(), [](unsigned lanes) { return !lanes; })) b.threads = threads;
+    if (b.threads != unsigned(threads))
+        fail("%s: threads wait at barrier %d for %u threads, one more comes and wants %d", name(what, site).c_str(), id, b.threads,
+             threads);
+    b.lanes[me.linear / 32] |= 1u << me.lane;
+    me.waits_on = &b;
+    block.release_if_complete(b);
+    block.give_way(what, site);
+    me.waits_on = nullptr;
 }
 
 void fail(const char* format, ...) {
@@ -435,6 +838,7 @@ extern "C" __attribute__((visibility("default"))) int emu_launch(const emu::Kern
     emu::find_static_shared(launch);
     const unsigned long blocks = launch.order.size();
     const unsigned long workers = options->cooperative ? blocks : std::min(blocks, (unsigned long)options->workers);
+    launch.workers = workers;
     if (workers == 1) {
         emu::work(launch);
     } else {

@@ -46,6 +46,50 @@ void warp_meet(const char* what, Site site, unsigned mask, void* operand, Comple
 // Whatever polls (flags between blocks, mbarriers) must call it in its loop. Polling for too long is reported.
 void poll(const char* what, Site site);
 
+// Something happened that others may have waited for: the time until polling counts as a deadlock starts again.
+void progress();
+// A look at 8 bytes or fewer that other threads write. Returns at once if they differ from what the block saw there last
+// time (the caller may use them), else after everybody else has run (the caller looks again).
+bool seen_before(const void* p, unsigned long long value, const char* what, Site site);
+// Which of two words that need not be of one time comes first; other OS threads may run between them.
+bool coin();
+void breathe();
+// Nanoseconds in which all blocks did nothing but poll, and a few for each look: a kernel that gives up after a while does so
+// when it is stuck, and not because it runs slowly here.
+unsigned long long clock_ns();
+
+// ---- the instructions of ptx.cuh ----
+
+// Fails unless `bytes` bytes at p lie in the block's shared memory (global: outside of it) and are aligned.
+void check_shared(const char* what, Site site, const void* p, size_t bytes, size_t alignment);
+void check_global(const char* what, Site site, const void* p, size_t bytes, size_t alignment);
+
+// cp.async: 16 bytes at `to` will hold `data`, which was read from `from` (`bytes` of it, the rest is zero), when this
+// thread has waited for them, and not before: until then they are NaN.
+void async_copy(const char* what, Site site, void* to, const void* from, const void* data, unsigned bytes);
+void async_commit();
+void async_wait(unsigned groups_left);
+
+// d += a b in the fragments of mma.m16n8k16
+struct Fragments { float* d; const unsigned* a; unsigned b[2]; };
+void multiply_fragments(unsigned present, void** operands);  // Complete, on Fragments
+// ldmatrix.x4: each lane brings its row, gets its registers
+struct MatrixRow { unsigned row[4]; unsigned* r; };
+void load_matrices(unsigned present, void** operands);
+void load_matrices_transposed(unsigned present, void** operands);
+
+// A barrier in shared memory. Its phase ends at the last moment that PTX allows: without bytes with the last arrival,
+// with bytes when somebody waits for it; then the copies arrive, until then what they write to is NaN.
+void mbarrier_init(const char* what, Site site, unsigned long long* b, unsigned count);
+void mbarrier_arrive(const char* what, Site site, unsigned long long* b, unsigned bytes);
+bool mbarrier_ended(const char* what, Site site, unsigned long long* b, unsigned parity);
+void mbarrier_poll(const char* what, Site site, unsigned long long* b);
+// Room for what a bulk copy reads; the caller fills it and says so.
+unsigned char* bulk_copy(const char* what, Site site, void* to, const void* from, unsigned bytes, unsigned long long* b);
+void bulk_copy_issued(const char* what, Site site, unsigned long long* b);
+
+void named_barrier(const char* what, Site site, int id, int threads);
+
 // Ends the launch with a report of this block and thread. Does not return.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

@@ -3,11 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#ifndef CUQWEN_CPU
-#define DYNAMIC_SHARED(T, name)                                  \
-    extern __shared__ __align__(128) unsigned char name##_raw[]; \
-    T* name = reinterpret_cast<T*>(name##_raw)
-#endif
+#include "ptx.cuh"
 
 constexpr unsigned ALL = 0xffffffffu;
 

@@ -1,10 +1,6 @@
 // Kernels with planted faults in their memory accesses, for tests/test_emulator.py: each must be caught.
 
-#ifndef CUQWEN_CPU
-#define DYNAMIC_SHARED(T, name)                                  \
-    extern __shared__ __align__(128) unsigned char name##_raw[]; \
-    T* name = reinterpret_cast<T*>(name##_raw)
-#endif
+#include "ptx.cuh"
 
 // Fault: one more element than there is, when n is not a multiple of the block.
 extern "C" __global__ void __launch_bounds__(32) write_past_end(float* out, int n) {

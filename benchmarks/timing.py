@@ -1,0 +1,205 @@
+"""How kernels are timed, and the ceilings that they are held to, measured on the same GPU in the same run.
+
+Everything is timed inside CUDA graphs: a graph of many calls is recorded once, and each of its replays lies between two
+events. So what counts is the GPU's time for one call in a stream of calls, a kernel's launch inside a graph included
+(about 1 us), and nothing of Python or of the framework that made the calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cuqwen import launch
+
+REPLAYS, WARM_UP = 9, 2  # of each graph: those that count, and those before
+GRAPH_SECONDS = 1.5e-3  # about what a graph lasts: long beside its own start, short enough for hundreds of rows
+MAX_CALLS = 256
+
+# Loads of 16 bytes, eight (or four) under way in each thread; the last store keeps the compiler from leaving them out.
+KERNELS = r"""
+extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* __restrict__ p, long long n, unsigned* out) {
+    unsigned sum = 0;
+    const long long step = (long long)gridDim.x * 512;
+    long long i = blockIdx.x * 512ll + threadIdx.x;
+    for (; i + 7 * step < n; i += 8 * step) {
+        uint4 v[8];
+        #pragma unroll
+        for (int k = 0; k < 8; k++) v[k] = p[i + k * step];
+        #pragma unroll
+        for (int k = 0; k < 8; k++) sum += v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
+    }
+    for (; i < n; i += step) sum += p[i].x ^ p[i].y ^ p[i].z ^ p[i].w;
+    if (sum == 0x12345678u) *out = sum;
+}
+extern "C" __global__ void __launch_bounds__(512) copy_all(const uint4* __restrict__ p, long long n, uint4* __restrict__ out) {
+    const long long step = (long long)gridDim.x * 512;
+    for (long long i = blockIdx.x * 512ll + threadIdx.x; i < n; i += 4 * step) {
+        uint4 v[4];
+        #pragma unroll
+        for (int k = 0; k < 4; k++) if (i + k * step < n) v[k] = p[i + k * step];
+        #pragma unroll
+        for (int k = 0; k < 4; k++) if (i + k * step < n) out[i + k * step] = v[k];
+    }
+}
+extern "C" __global__ void nothing() {}
+"""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Of one call, over the replays of a graph: median in microseconds, and the standard deviation in percent of it."""
+
+    microseconds: float
+    percent: float
+
+    @classmethod
+    def of(cls, milliseconds: Sequence[float], calls: int) -> Time:
+        median = statistics.median(milliseconds)
+        return cls(1e3 * median / calls, 100 * statistics.stdev(milliseconds) / median)
+
+
+def calls_for(seconds: float, sets: int) -> int:
+    """How many calls of `seconds` a graph is to hold: each set of inputs equally often, GRAPH_SECONDS if that may be."""
+    wanted = min(MAX_CALLS, GRAPH_SECONDS / max(seconds, 1e-7))
+    return sets * max(1, round(wanted / sets))
+
+
+def graph_time(call: Callable[[int], Any], sets: int) -> Time:
+    """The time of `call(i)`, which uses the i-th of `sets` sets of inputs."""
+    cp = launch.cupy()
+    start, stop = cp.cuda.Event(), cp.cuda.Event()
+
+    def milliseconds(work: Callable[[], Any]) -> float:
+        start.record()
+        work()
+        stop.record()
+        stop.synchronize()
+        return cp.cuda.get_elapsed_time(start, stop)
+
+    def record(calls: int) -> Callable[[], None]:
+        def work() -> None:
+            for i in range(calls):
+                call(i % sets)
+
+        replay, _ = launch.record(work)
+        replay()
+        return replay
+
+    call(0)  # compiles
+    calls = calls_for(1e-3 * milliseconds(record(sets)) / sets, sets)
+    replay = record(calls)
+    return Time.of([milliseconds(replay) for _ in range(WARM_UP + REPLAYS)][WARM_UP:], calls)
+
+
+def torch_time(torch: Any, call: Callable[[int], Any], sets: int) -> Time:
+    """The same for a call of PyTorch's."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def milliseconds(work: Callable[[], Any]) -> float:
+        start.record()
+        work()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    def record(calls: int) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(calls):
+                call(i % sets)
+        graph.replay()
+        return graph
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # what PyTorch sets up on first use may not happen while it records
+        for _ in range(3):
+            call(0)
+    stream.synchronize()
+    calls = calls_for(1e-3 * milliseconds(record(sets).replay) / sets, sets)
+    graph = record(calls)
+    return Time.of([milliseconds(graph.replay) for _ in range(WARM_UP + REPLAYS)][WARM_UP:], calls)
+
+
+def host_microseconds(call: Callable[[], Any], calls: int = 200) -> float:
+    """What a call costs its caller in Python: median over batches that the GPU's queue takes without waiting."""
+    times = []
+    for _ in range(5):
+        launch.cupy().cuda.Device().synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    launch.cupy().cuda.Device().synchronize()
+    return 1e6 * statistics.median(times)
+
+
+def _best(name: str, *args: Any, per_thread: int) -> float:
+    """Microseconds of a kernel above with the best of several grids, from two blocks a multiprocessor to one turn each."""
+    cp = launch.cupy()
+    kernel, words = cp.RawKernel(KERNELS, name), int(args[1])
+    processors = cp.cuda.Device().attributes["MultiProcessorCount"]
+    grids = (*(processors * blocks for blocks in (2, 3, 4, 8, 32)), -(-words // (512 * per_thread)))
+    return min(graph_time(lambda _, grid=grid: kernel((grid,), (512,), args), 1).microseconds for grid in grids)
+
+
+def read_bandwidth(size: int = 1 << 31) -> float:
+    """Bytes a second of reading `size` bytes."""
+    cp = launch.cupy()
+    source, out = cp.zeros(size, np.uint8), cp.zeros(1, np.uint32)
+    return 1e6 * size / _best("read_all", source, np.int64(size // 16), out, per_thread=8)
+
+
+def copy_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes a second, read and written, of a copy on the device: by the kernel above or by the driver, which is faster.
+    (In a graph on an H100 the driver's copy reaches 2.42 TB/s, a kernel 2.95.)"""
+    cp = launch.cupy()
+    source, target = cp.zeros(size, np.uint8), cp.empty(size, np.uint8)
+    driver = graph_time(lambda _: launch.copy(target, source), 1).microseconds
+    return 2e6 * size / min(driver, _best("copy_all", source, np.int64(size // 16), target, per_thread=4))
+
+
+def node_microseconds() -> float:
+    """What a kernel that does nothing takes in a graph."""
+    kernel = launch.cupy().RawKernel(KERNELS, "nothing")
+    return graph_time(lambda _: kernel((1,), (32,), ()), 1).microseconds
+
+
+def matmul_flops(torch: Any, size: int = 8192) -> float:
+    """FLOP/s of PyTorch's product of two bf16 matrices, the ceiling for what tensor cores compute."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / torch_time(torch, lambda _: a @ b, 1).microseconds * 1e6
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside when that much time has passed (main thread only)."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def rotated(make: Callable[[], tuple[Any, ...]], copy: Callable[[Any], Any], room: int) -> list[tuple[Any, ...]]:
+    """Sets of inputs that together take more than `room` bytes, 64 sets at most: what a call reads has left the L2 cache
+    by then. What is too small for that (activations of one token) is found there, as in a model, where the operation
+    before has just written it."""
+    first = make()
+    size = max(1, sum(array.nbytes for array in first))
+    count = min(64, room // size + 1) if size < room else 1
+    return [first, *(tuple(map(copy, first)) for _ in itertools.repeat(None, count - 1))]

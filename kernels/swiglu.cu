@@ -1,0 +1,121 @@
+// swiglu: out[t, f] = g / (1 + exp(-g)) * u,  g = sum_c x[t, c] gate_proj[f, c],  u = sum_c x[t, c] up_proj[f, c]
+//
+// Entry points swiglu_row             T = 1: `parts` warps one column of out, its two dot products together
+//              swiglu_rows            T = 2 to 4: `parts` warps two columns of all rows; the weights stream once
+//              swiglu_mma_wide, _middle, _few   more rows, bf16 weights, C a multiple of 8, x and weights 16-byte aligned: tensor
+//                                     cores, gate and up in one tile of 128 x 128, 64 x 64 (x f32: 64 x 128) or 32 x 32
+//              Otherwise cuda.swiglu takes two products and silu_mul.
+// Arguments    out        [T, F]  OUT_TYPE
+//              x          [T, C]  X_TYPE
+//              gate_proj, up_proj  [F, C]  W_TYPE, the checkpoint's layout
+//              T, F, C            int32
+//              parts              int32, 1, 2, 4 or 8, more where F is too small to fill the GPU with warps
+// Constants    X_TYPE, OUT_TYPE   bf16 | f32
+//              W_TYPE             bf16 | f16 | f32
+// Work         row(s): 8 warps a block; grid ceil(F parts / 8), rows: / 16; up to 512 bytes of shared memory
+//              mma: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: cuda._tiles
+// Precision    products and sums in float32; expf is within 2 ulp and overflows to infinity, which gives the correct limit 0;
+//              one rounding when OUT_TYPE is bf16
+// Error bound  row(s): e_g = (C/32 + 14) eps32 sum_c |x gate_proj|, mma: 11/8 C eps32 (x bf16), (C/32 + 90) eps32 (x f32), e_u
+//              likewise (see matmul.cu, mma.cuh). silu has slopes from -0.1 to 1.1:
+//              1.1 e_g |u| + |silu(g)| e_u + 1.1 e_g e_u + 6 eps32 |silu(g) u|, before the final rounding
+// Traffic      2 F C sizeof(W_TYPE) bytes of weights, T (C sizeof(X_TYPE) + F sizeof(OUT_TYPE)) others, 4 T F C FLOP
+// Determinism  fixed order of summation. A row's result does not depend on the other rows. Both row entry points give the
+//              same bits, those of matmul_row followed by silu_mul where `parts` are the same; all of swiglu_mma_* give the same
+// Wrapper cuda.swiglu · truth reference.swiglu · test tests/test_ops.py · benchmark benchmarks/ops.py
+#include "dot.cuh"
+#include "mma.cuh"
+
+template <int COLUMNS, int MAX_T>
+__device__ __forceinline__ void few_rows(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x,
+                                         const W_TYPE* __restrict__ gate_proj, const W_TYPE* __restrict__ up_proj, int T,
+                                         int F, int C, int parts) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % MAX_T;
+    const int first = COLUMNS * (blockIdx.x * (8 / parts) + warp / parts), f = first + lane / MAX_T;
+    const bool wide = C % 8 == 0 && ((size_t)x | (size_t)gate_proj | (size_t)up_proj) % 16 == 0;
+    const W_TYPE* rows[2 * COLUMNS];
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) {  // past the end the last row once more, which nobody stores
+        const size_t row = (size_t)min(first + i, F - 1) * C;
+        rows[i] = gate_proj + row, rows[COLUMNS + i] = up_proj + row;
+    }
+    WarpDots<2 * COLUMNS, MAX_T, X_TYPE, W_TYPE> dots(x, rows, T, C, wide, warp % parts, parts);
+    float sums[2 * COLUMNS][MAX_T];
+    dots.finish(sums);
+    const float g = add_shares(sums, parts), u = __shfl_down_sync(0xffffffffu, g, COLUMNS * MAX_T);
+    if (warp % parts == 0 && lane < COLUMNS * MAX_T && t < T && f < F)
+        store(out + (size_t)t * F + f, g / (1.0f + expf(-g)) * u);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+swiglu_row(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ gate_proj,
+           const W_TYPE* __restrict__ up_proj, int T, int F, int C, int parts) {
+    few_rows<1, 1>(out, x, gate_proj, up_proj, T, F, C, parts);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2)  // more blocks spill
+swiglu_rows(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ gate_proj,
+            const W_TYPE* __restrict__ up_proj, int T, int F, int C, int parts) {
+    few_rows<2, 4>(out, x, gate_proj, up_proj, T, F, C, parts);
+}
+
+template <class Tile>
+__device__ __forceinline__ void tensor_tile(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x,
+                                            const W_TYPE* __restrict__ gate_proj, const W_TYPE* __restrict__ up_proj, int T,
+                                            int F, int C) {
+    if constexpr (on_tensor_cores<W_TYPE>) {
+        DYNAMIC_SHARED(unsigned char, shared);
+        int row0, col0;
+        find_tile<Tile>(T, 2 * F, row0, col0);
+        const int f0 = col0 / 2;
+        const WeightRows rows = {reinterpret_cast<const bf16*>(gate_proj) + (size_t)f0 * C,
+                                 reinterpret_cast<const bf16*>(up_proj) + (size_t)f0 * C, F - f0, F - f0};
+        float acc[Tile::MI][Tile::NJ][4];
+        Tile::product(acc, shared, x + (size_t)row0 * C, T - row0, rows, C);
+        const float* const tile = Tile::spread(acc, shared);
+        constexpr int WIDTH = Tile::BN / 8, STEP = Tile::THREADS / WIDTH;  // four neighbours a thread
+        const bool aligned = F % 4 == 0 && (size_t)out % (4 * sizeof(OUT_TYPE)) == 0;
+        const int column = threadIdx.x % WIDTH * 4, f = f0 + column;
+#pragma unroll 4
+        for (int row = threadIdx.x / WIDTH; row < Tile::BM; row += STEP) {
+            const int t = row0 + row;
+            if (t >= T) break;
+            const float* const gate = tile + row * Tile::ROW + column;
+            const float4 g4 = *reinterpret_cast<const float4*>(gate), u4 = *reinterpret_cast<const float4*>(gate + Tile::BN / 2);
+            const float g[4] = {g4.x, g4.y, g4.z, g4.w}, u[4] = {u4.x, u4.y, u4.z, u4.w};
+            float y[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) y[e] = g[e] / (1.0f + expf(-g[e])) * u[e];
+            OUT_TYPE* const to = out + (size_t)t * F + f;
+            if (f + 3 < F) {
+                store_run(to, y, aligned);
+            } else {
+#pragma unroll
+                for (int e = 0; e < 3; e++)
+                    if (f + e < F) store(to + e, y[e]);
+            }
+        }
+    }
+}
+
+typedef WideTile<X_TYPE, 64> Wide;
+typedef MiddleTile<X_TYPE, MIDDLE_COLUMNS<X_TYPE>, MIDDLE_COLUMNS<X_TYPE> / 2> Middle;
+typedef FewTile<X_TYPE, 32, 16, 16, 16> Few;
+
+extern "C" __global__ void __launch_bounds__(Wide::THREADS, 256 / Wide::THREADS)
+swiglu_mma_wide(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ gate_proj,
+                const W_TYPE* __restrict__ up_proj, int T, int F, int C) {
+    tensor_tile<Wide>(out, x, gate_proj, up_proj, T, F, C);
+}
+
+extern "C" __global__ void __launch_bounds__(Middle::THREADS, 2)
+swiglu_mma_middle(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ gate_proj,
+                  const W_TYPE* __restrict__ up_proj, int T, int F, int C) {
+    tensor_tile<Middle>(out, x, gate_proj, up_proj, T, F, C);
+}
+
+extern "C" __global__ void __launch_bounds__(Few::THREADS)
+swiglu_mma_few(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ gate_proj,
+               const W_TYPE* __restrict__ up_proj, int T, int F, int C) {
+    tensor_tile<Few>(out, x, gate_proj, up_proj, T, F, C);
+}
