@@ -1,8 +1,9 @@
-"""Single-token steps of one sequence: on the GPU all launches of a step, the choice of the next token among them, are
-recorded once and repeated as a CUDA graph."""
+"""Single-token steps of one sequence, the choice of the next token included: one kernel where the GPU allows it, otherwise
+the operations, recorded once and repeated as a CUDA graph."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from cuqwen import launch
 from cuqwen.cache import KVCache
+from cuqwen.decode_step import LOST, DecodeStep, obstacle
 from cuqwen.model import Qwen3
 from cuqwen.sampling import Sampler, Sampling, no_choice
 
@@ -23,7 +25,7 @@ class Choice:
     """
 
     def __init__(self, model: Qwen3, sampling: Sampling, prompt: Sequence[int], n_ids: int, max_tokens: int) -> None:
-        self.model, self.n_ids = model, n_ids
+        self.model, self.n_ids, self.is_argmax = model, n_ids, sampling.is_argmax
         self.settings = {key: value for key, value in vars(sampling).items() if key != "seed"}
         sampler, upload = Sampler(sampling, prompt, n_ids), model.device.upload
         if sampling.temperature > 0:
@@ -36,12 +38,17 @@ class Choice:
         """Choose by `logits` [1, V]; the token's id goes to ids [1] int32."""
         self.model.device.operations.sample(logits[0, : self.n_ids], **self.settings, out=ids)
 
-    def read(self, logits: Array, ids: Array) -> int:
-        """The id that a call put there: the step's only wait for the GPU.
+    def read(self, token: int, logits: Array) -> int:
+        """`token`, if it is one, as a call put it into `ids`. `logits`: those that it was chosen by, or of a later step.
 
-        Raises ValueError for logits that left no choice: broken weights must not come out as plausible tokens.
+        Raises ValueError for logits that left no choice: broken weights must not come out as plausible tokens. Raises
+        DeviceError if blocks of the one-launch step waited in vain for each other.
         """
-        token = int(ids[0])
+        if token == LOST:
+            raise launch.DeviceError(
+                "decode_step: a block waited two seconds for another one; wanted the GPU, or a fixed part of it, for this "
+                "process; see nvidia-smi for others, and set CUQWEN_PORTABLE=1 to run a step as many small kernels"
+            )
         if token < 0:
             row = logits[0, : self.n_ids]
             raise no_choice(row.get() if launch.is_gpu_array(row) else row)
@@ -51,15 +58,23 @@ class Choice:
 class Decoder:
     """Continues the sequence in `cache` token by token.
 
-    The first step runs operation by operation, which also compiles what is not compiled yet; the second is recorded, and
-    from then on a step is one launch. What changes between steps, the id and its position, lies in device memory.
+    On a GPU that has what kernels/decode_step.cu needs, a step is that kernel; elsewhere (`obstacle` says why) it is the
+    operations, one after another the first time, which also compiles them, then recorded and repeated as a CUDA graph. What
+    changes between steps, the id and its position, lies in device memory.
     """
 
     def __init__(self, model: Qwen3, cache: KVCache, choice: Choice | None = None) -> None:
         self.model, self.cache, self.choice = model, cache, choice
-        self.ids = model.device.empty((1,), np.int32)
         self.eager_steps = 0
         self.launch: Callable[[], None] | None = None
+        self.next_position = -1  # what `position` on the device holds
+        self.obstacle = _obstacle(model)
+        self.one_launch: DecodeStep | None = None
+        if self.obstacle is None:
+            self.one_launch = DecodeStep(model, cache, choice.n_ids if choice else model.config.vocab_size)
+            self.ids, self.position = self.one_launch.ids, self.one_launch.position
+        else:
+            self.ids, self.position = (model.device.empty((1,), np.int32) for _ in range(2))
 
     def step(self, ids: Array) -> Array:
         """Append one token, ids [1] int32 on the model's device; return its logits [1, V], which the next step overwrites.
@@ -67,28 +82,40 @@ class Decoder:
         With a `choice`, what it has chosen by them is in `self.ids`, where the next step may take it from. Raises
         ValueError if the cache is full.
         """
-        if self.model.device.name == "cpu" or self.eager_steps == 0 or self.cache.length == self.cache.capacity:
+        portable = self.one_launch is None
+        if self.model.device.name == "cpu" or (portable and self.eager_steps == 0) or self.cache.length == self.cache.capacity:
             self.eager_steps += 1
             logits = self.model.forward(ids, self.cache)
             if self.choice is not None:
                 self.choice(logits, self.ids)
             return logits
         if self.launch is None:
-            self.position = self.model.device.empty((1,), np.int32)
-            self.tables = (
-                self.model.cos,
-                self.model.sin,
-            )  # the recording has bare pointers to what a longer cache replaces
+            # a recording has bare pointers to the tables, which a longer cache replaces
+            self.tables = self.model.cos, self.model.sin
             self.launch, self.logits = launch.record(self._record)
         if ids is not self.ids:
             launch.copy(self.ids, ids)
-        launch.copy(self.position, self.model.positions[self.cache.length :][:1])
+        if self.cache.length != self.next_position:
+            launch.copy(self.position, self.model.positions[self.cache.length :][:1])
         self.launch()
         self.cache.length += 1
+        self.next_position = self.cache.length if self.one_launch else -1
         return self.logits
 
     def _record(self) -> Array:
-        logits = self.model.step(self.ids, self.position, self.cache)
-        if self.choice is not None:
+        if self.one_launch is None:
+            logits = self.model.step(self.ids, self.position, self.cache)
+        else:
+            self.one_launch()
+            logits = self.one_launch.logits
+        if self.choice is not None and not (self.one_launch and self.choice.is_argmax):  # that kernel takes the arg-max itself
             self.choice(logits, self.ids)
         return logits
+
+
+def _obstacle(model: Qwen3) -> str | None:
+    if model.device.name == "cpu":
+        return "it takes a GPU"
+    if os.environ.get("CUQWEN_PORTABLE", "0") not in ("", "0"):
+        return "CUQWEN_PORTABLE is set"
+    return obstacle(model)

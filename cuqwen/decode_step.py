@@ -2,59 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from cuqwen import cuda, launch
 from cuqwen.cache import KVCache
+from cuqwen.config import Config
 from cuqwen.model import Qwen3
 
 Array = Any
+
+F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 # Of each layer, in the order of `enum Array` in the kernel.
 ARRAYS = (
     "input_layernorm", "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_proj",
     "post_attention_layernorm", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
-THREADS = 288  # eight consumer warps and the producer's
-SLOT_BYTES = 16 << 10
+WARPS = 8  # consumers of a block; one more produces
+THREADS = 32 * (WARPS + 1)
+SLOT_BYTES, SLOTS = 16 << 10, 12
 MAX_SPLITS = 16
-MAX_UNIT_HEADS = 4  # more query heads at a time take too many registers
+HOPPER_SHARED_BYTES = 227 << 10
+# What stands in `ids` where no token could be chosen, and where a block gave up waiting for another.
+NO_CHOICE, LOST = -1, -2
 
 
-def defines(model: Qwen3) -> launch.Defines:
+def variants() -> Iterator[tuple[str, launch.Defines]]:
+    """(file, -D constants) for the shapes of Qwen3-0.6B with either type of cache, standing for all.
+
+    Some larger ones spill registers (8B 32 bytes, 4B 344, 32B 720), which their longer streams hide.
+    """
+    for kv_dtype in (BF16, F32):
+        config = Config(
+            model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,
+            rope_theta=1e6, tie_word_embeddings=True, dtype="bfloat16", eos_token_id=(),
+        )  # fmt: skip
+        yield "decode_step", defines(config, kv_dtype)
+
+
+def defines(c: Config, kv_dtype: np.dtype) -> launch.Defines:
     """The constants that the kernel is compiled with."""
-    c = model.config
-    group = c.num_attention_heads // c.num_key_value_heads
     sizes = {
         "LAYERS": c.num_hidden_layers, "HIDDEN": c.hidden_size, "HEADS": c.num_attention_heads,
         "KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim, "FFN": c.intermediate_size,
-        "QK_NORM": int(c.has_qk_norm), "QKV_BIAS": int(c.has_qkv_bias), "UNIT_HEADS": _unit_heads(group),
+        "QK_NORM": int(c.has_qk_norm), "QKV_BIAS": int(c.has_qkv_bias), "UNIT_HEADS": _unit_heads(c),
         "SLOTS": _slots(c), "IN_FLIGHT": 1, "HEAD_IN_FLIGHT": 4,
     }  # fmt: skip
-    types = {"W_TYPE": "bf16", "KV_TYPE": cuda.STORAGE[model.kv_dtype]}
+    types = {"W_TYPE": "bf16", "KV_TYPE": cuda.STORAGE[kv_dtype]}
     return (*((name, str(value)) for name, value in sizes.items()), *types.items())
 
 
-def _unit_heads(group: int) -> int:
-    """Query heads of a key head that one block computes together: the largest divisor of the group up to four."""
-    return max(n for n in range(1, MAX_UNIT_HEADS + 1) if group % n == 0)
+def _unit_heads(c: Config) -> int:
+    """Query heads that one block computes together. Alone where a key head has two or fewer: more blocks, 3 % faster with
+    Qwen3-0.6B; else as many as registers allow, because each reads the keys."""
+    group = c.num_attention_heads // c.num_key_value_heads
+    return 1 if group <= 2 else max(n for n in (1, 2, 4) if group % n == 0)
 
 
-def _slots(config: Any) -> int:
-    return 12 if config.head_dim * _unit_heads(config.num_attention_heads // config.num_key_value_heads) <= 256 else 11
+def _slots(c: Config) -> int:
+    """Frames in the ring: twelve, or what fits beside the rest into the 227 KB that a block can have."""
+    return min(SLOTS, (HOPPER_SHARED_BYTES - _own_bytes(c)) // (SLOT_BYTES + 16))
 
 
-def shared_bytes(config: Any) -> int:
-    """Dynamic shared memory of a block: the ring and what struct Shared holds, with room for its alignment."""
-    heads, dim = _unit_heads(config.num_attention_heads // config.num_key_value_heads), config.head_dim
-    own = 2 * 64 * 12 * 4 + 2 * 8 * 4 + 8 * 96 * 4 + 8 * config.num_hidden_layers * len(ARRAYS) + 4 * dim * (heads + 3) + 8 * heads * dim * 4 + 2 * heads * 8 * 4 + 8 * 8
-    return _slots(config) * SLOT_BYTES + 16 * _slots(config) + own + 64
+def _own_bytes(c: Config) -> int:
+    """Upper bound of the bytes of struct Shared but for the ring's barriers."""
+    heads, dim = _unit_heads(c), c.head_dim
+    floats = 2 * 64 * 12 + 2 * WARPS + WARPS * 96 + dim * (heads + 3) + WARPS * heads * dim + 2 * heads * WARPS
+    return 4 * floats + 8 * c.num_hidden_layers * len(ARRAYS) + 8 * WARPS + 128
+
+
+def shared_bytes(c: Config) -> int:
+    """Dynamic shared memory of a block: the ring, its barriers, and struct Shared."""
+    return _slots(c) * (SLOT_BYTES + 16) + _own_bytes(c)
 
 
 def obstacle(model: Qwen3) -> str | None:
-    """Why the kernel cannot run this model here; None if it can."""
+    """Why the kernel cannot run this model on this GPU; None if it can."""
     c = model.config
     matrices = [model.weights.embed_tokens, model.weights.lm_head]
     for layer in model.weights.layers:
@@ -63,40 +91,60 @@ def obstacle(model: Qwen3) -> str | None:
         return "it takes bf16 weights"
     widths = (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size)
     if any(width % 64 for width in widths) or c.vocab_size % 8 or c.head_dim not in (64, 128):
-        return "it takes sizes that are multiples of 64, heads of 64 or 128 and a vocabulary that is a multiple of 8"
+        return "it takes widths that are multiples of 64, heads of 64 or 128 and a vocabulary that is a multiple of 8"
+    if _slots(c) < 4:
+        return f"{c.num_hidden_layers} layers leave too little shared memory for the ring"
+    units = c.num_attention_heads // _unit_heads(c)
+    wanted = max(units, -(-c.hidden_size // 64))
+    if blocks(model) < wanted:
+        return f"it takes a GPU of compute capability 9.0 or newer on which {wanted} blocks run at once"
     return None
 
 
+def blocks(model: Qwen3) -> int:
+    """Blocks that the step is launched with: all that the GPU runs at once, as long as each has 8 rows of every matrix."""
+    c = model.config
+    resident = launch.resident_blocks("decode_step", "decode_step", defines(c, model.kv_dtype), THREADS, shared_bytes(c))
+    groups = (c.hidden_size, c.intermediate_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
+    return min(resident, *(size // 8 for size in groups))
+
+
 class DecodeStep:
-    """The step of one sequence: `ids` [1] and `position` [1], int32 on the device, go in; `logits` [1, V] float32 come out,
-    and `ids` and `position` are those of the next greedy step.
+    """The step of the sequence in `cache`: `ids` [1] and `position` [1], int32 on the device, go in; `logits` [1, V]
+    float32 come out, and `ids` and `position` are then those of the next greedy step, below `n_ids`.
+
+    Where there is no next token, `ids` is NO_CHOICE or LOST. Raises ValueError if there is an `obstacle`.
     """
 
-    def __init__(self, model: Qwen3, cache: KVCache, n_ids: int, blocks: int) -> None:
-        c, upload = model.config, model.device.upload
-        self.model, self.cache = model, cache
-        self.ids, self.position = (model.device.empty((1,), np.int32) for _ in range(2))
-        self.logits = model.device.empty((1, c.vocab_size), np.float32)
+    def __init__(self, model: Qwen3, cache: KVCache, n_ids: int) -> None:
+        if reason := obstacle(model):
+            raise ValueError(f"decode_step: {reason}")
+        c, device = model.config, model.device
+        self.grid, self.shared_bytes = (blocks(model),), shared_bytes(c)
+        self.ids, self.position = (device.empty((1,), np.int32) for _ in range(2))
+        self.logits = device.empty((1, c.vocab_size), np.float32)
+        self.keep = model.weights, model.cos, model.sin, cache  # the kernel has bare addresses
         addresses = [
             [0 if (array := getattr(layer, name)) is None else launch.address(array) for name in ARRAYS]
             for layer in model.weights.layers
         ]
-        self.table = upload(np.array(addresses, np.uint64))
-        group = _unit_heads(c.num_attention_heads // c.num_key_value_heads)
-        heads, width = c.num_attention_heads, c.num_attention_heads * c.head_dim
-        rows = width + 2 * c.num_key_value_heads * c.head_dim
-        shares = heads // group * MAX_SPLITS * (group * c.head_dim + 2 * group)
-        self.words = upload(np.zeros(2 * c.hidden_size + rows + width + c.intermediate_size + shares + 2 * blocks, np.uint64))
-        self.epoch = upload(np.ones(1, np.uint32))
-        self.blocks = blocks
-        self.tables = model.cos, model.sin
+        words = device.upload(np.zeros(exchange_words(c, self.grid[0]), np.uint64))
         self.args = (
-            self.logits, self.ids, self.position, self.table, model.weights.embed_tokens, model.weights.lm_head,
-            model.weights.norm, model.cos, model.sin, cache.keys, cache.values, self.words, self.epoch,
-            np.int32(c.vocab_size), np.int32(n_ids), np.int32(cache.capacity), np.float32(c.rms_norm_eps),
+            self.logits, self.ids, self.position, device.upload(np.array(addresses, np.uint64)), model.weights.embed_tokens,
+            model.weights.lm_head, model.weights.norm, model.cos, model.sin, cache.keys, cache.values, words,
+            device.upload(np.ones(1, np.uint32)), np.int32(c.vocab_size), np.int32(n_ids), np.int32(cache.capacity),
+            np.float32(c.rms_norm_eps),
         )  # fmt: skip
-        self.function = launch.load_function("decode_step", "decode_step", defines(model))
+        self.function = launch.load_function("decode_step", "decode_step", defines(c, model.kv_dtype))
 
     def __call__(self) -> None:
         """Launch the step on the current stream."""
-        self.function((self.blocks,), (THREADS,), self.args, shared_bytes(self.model.config))
+        self.function(self.grid, (THREADS,), self.args, self.shared_bytes)
+
+
+def exchange_words(c: Config, count: int) -> int:
+    """Words through which `count` blocks exchange values, as the kernel lays them out."""
+    heads, width = _unit_heads(c), c.num_attention_heads * c.head_dim
+    shares = c.num_attention_heads // heads * MAX_SPLITS * (heads * c.head_dim + 2 * heads)
+    projected = width + 2 * c.num_key_value_heads * c.head_dim
+    return 2 * c.hidden_size + projected + width + c.intermediate_size + shares + 2 * count

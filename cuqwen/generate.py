@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cuqwen import launch
 from cuqwen.decode import Choice, Decoder
 from cuqwen.model import Qwen3
 from cuqwen.sampling import Sampling
@@ -78,11 +79,19 @@ def generate_steps(
     cache = model.new_cache(len(prompt) + max_tokens)
     choice = Choice(model, sampling, prompt, tokenizer.n_ids, max_tokens)
     stream, stops, decoder = tokenizer.stream(), StopStrings(stop), Decoder(model, cache, choice)
+    # On a GPU the next step is on its way before this one's token is looked at, so that it need not wait for the host; after
+    # the last token of an answer one step too many has been made.
+    ahead = model.device.name != "cpu"
     logits = _read_prompt(model, prompt, cache)
     choice(logits, decoder.ids)
+    read = launch.read_later(decoder.ids)
     for count in range(1, max_tokens + 1):
-        token = choice.read(logits, decoder.ids)
         last = count == max_tokens
+        if ahead and not last:
+            logits, read, read_this = decoder.step(decoder.ids), launch.read_later(decoder.ids), read
+        else:
+            read_this = read
+        token = choice.read(read_this(), logits)
         ended = token in end_ids
         text, stopped = stops.push("" if ended else stream.push(token))
         if (ended or last) and not stopped:
@@ -92,7 +101,8 @@ def generate_steps(
             yield Step(text, token, "stop" if ended or stopped else "length")
             return
         yield Step(text, token)
-        logits = decoder.step(decoder.ids)
+        if not ahead:
+            logits, read = decoder.step(decoder.ids), launch.read_later(decoder.ids)
 
 
 def _read_prompt(model: Qwen3, prompt: Sequence[int], cache: Any) -> Any:

@@ -6,6 +6,7 @@ The only module that imports CuPy, and only inside functions: `import cuqwen` ne
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import re
 from collections.abc import Callable
@@ -232,6 +233,42 @@ def peak_bandwidth() -> float:
 def max_shared_bytes() -> int:
     """The most shared memory that one block can have on this GPU."""
     return cupy().cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+
+
+@functools.cache
+def resident_blocks(file: str, entry: str, defines: Defines, threads: int, shared_bytes: int) -> int:
+    """How many blocks of a kernel this GPU, or the part of it that this process has, can run at the same time.
+
+    0 on a GPU older than Hopper (compute capability 9.0), whose instructions such kernels need.
+    """
+    cp = cupy()
+    device = cp.cuda.Device()
+    if int(device.compute_capability) < 90 or shared_bytes > max_shared_bytes():
+        return 0
+    load_function(file, entry, defines)  # for its errors
+    function = _module(file, defines).get_function(entry)
+    function.max_dynamic_shared_size_bytes = shared_bytes
+    blocks = cp.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, threads, shared_bytes)
+    return blocks * device.attributes["MultiProcessorCount"]
+
+
+def read_later(array: Any) -> Callable[[], int]:
+    """Copies array[0], int32, to the host after what is on the current stream now. Returns what waits for it and gives it."""
+    if not is_gpu_array(array):
+        value = int(array[0])
+        return lambda: value
+    cp = cupy()
+    memory = cp.cuda.alloc_pinned_memory(array.itemsize)
+    arrived = cp.cuda.Event(block=False, disable_timing=True)
+    stream = cp.cuda.get_current_stream()
+    array.data.copy_to_host_async(ctypes.c_void_p(memory.ptr), array.itemsize, stream)
+    arrived.record(stream)
+
+    def read() -> int:
+        arrived.synchronize()
+        return int(np.frombuffer(memory, np.int32, 1)[0])
+
+    return read
 
 
 def is_out_of_memory(error: BaseException) -> bool:

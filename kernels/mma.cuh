@@ -6,8 +6,9 @@
 // range is served, and a part is one byte permutation of two values. Parts below 2^-126 are flushed (|x| < 2^-110 only),
 // and an infinity gives NaN (inf - inf).
 //
-// Error. A tensor core adds the accumulator and 8 (sm_80) or 16 (sm_90) exact products at once: each of them is cut to 1
-// (2) bits below the last place of the largest, and the sum is cut to float32. With A the sum of absolute terms so far, a
+// Error. NVIDIA states none; sm_80 adds the accumulator and 8 exact products at once, each cut to 1 bit below the last place
+// of the largest, and cuts the sum to float32 (Fasi, Higham, Mikaitis, Pranesh, PeerJ CS 7:e330, 2021), sm_90 16 products
+// and 2 bits as far as is known. With A the sum of absolute terms so far, a
 // step loses at most 9 eps32 A (8.5) in the terms and 2 eps32 A at the end.
 //     bf16 x:    C/8 steps: 11/8 C eps32 sum |x w|
 //     float32 x: the sum starts from zero every 32 elements and is added to the total in float32, rounded to nearest.
@@ -99,7 +100,8 @@ struct MmaTile {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {  // rows + 0, + 8, + 0, + 8; k + 0, + 0, + 8, + 8
                     const int piece = 64 * kk + 32 * (e / 2) + 16 * (i / 2);
-                    const uint2 pair = *reinterpret_cast<const uint2*>(at + (16 * m + e % 2 * 8) * X_PITCH + (piece ^ place<X_PITCH, true>(row)));
+                    const unsigned char* const from = at + (16 * m + e % 2 * 8) * X_PITCH + (piece ^ place<X_PITCH, true>(row));
+                    const uint2 pair = *reinterpret_cast<const uint2*>(from);
                     f.x[m][2 * e] = pair.x, f.x[m][2 * e + 1] = pair.y;
                 }
         } else {
@@ -234,17 +236,19 @@ template <class Tile> __device__ __forceinline__ void find_tile(int T, int N, in
 // n neighbouring elements, each rounded once; `aligned` says that they may be stored as one word.
 template <int N, class E> __device__ __forceinline__ void store_run(E* p, const float (&v)[N], bool aligned) {
     static_assert(N == 1 || N == 2 || N == 4);
-    if (N == 1 || !aligned) {
+    if constexpr (N > 1) {
+        if (aligned) {
+            union { E element[N]; uint4 words4; uint2 words2; unsigned word; } run;
 #pragma unroll
-        for (int e = 0; e < N; e++) store(p + e, v[e]);
-        return;
+            for (int e = 0; e < N; e++) store(run.element + e, v[e]);
+            if constexpr (sizeof(run.element) == 16) *reinterpret_cast<uint4*>(p) = run.words4;
+            else if constexpr (sizeof(run.element) == 8) *reinterpret_cast<uint2*>(p) = run.words2;
+            else *reinterpret_cast<unsigned*>(p) = run.word;
+            return;
+        }
     }
-    union { E element[N]; uint4 words4; uint2 words2; unsigned word; } run;
 #pragma unroll
-    for (int e = 0; e < N; e++) store(run.element + e, v[e]);
-    if (sizeof(run.element) == 16) *reinterpret_cast<uint4*>(p) = run.words4;
-    else if (sizeof(run.element) == 8) *reinterpret_cast<uint2*>(p) = run.words2;
-    else *reinterpret_cast<unsigned*>(p) = run.word;
+    for (int e = 0; e < N; e++) store(p + e, v[e]);
 }
 
 // The shapes in use; all fit into the 99 KB of shared memory that every GPU from sm_80 on has.

@@ -23,7 +23,8 @@
 //              Where the sum of squares overflows, or mean square + eps is below 2^-96 so that squares may have been
 //              flushed, the row is scaled by a power of two and summed again: any magnitude is served.
 // Error bound  (24 + C/2048) eps32 relative, before the final rounding: the sum takes at most max(32, C/1024) + 10 roundings,
-//              of which the square root halves the effect, like those of mean and eps; 4 follow; 2^-30 for flushed squares
+//              of which the square root halves the effect, like those of mean and eps; 4 follow; 2^-30 for flushed squares.
+//              And 2^-126 |weight|, where x / sqrt(..) is flushed
 // Traffic      R C (sizeof(X_TYPE) + sizeof(OUT_TYPE)) bytes, 8 R C more with residual; 4 R C FLOP
 // Determinism  fixed order of summation; a row's result depends on C and on whether all is aligned, not on R
 // Limits       a row with NaN becomes NaN; beside an infinity, which becomes NaN, finite elements become 0; a row of zeros with

@@ -20,13 +20,14 @@
 //              Grid ceil(G / 16), block 512, 46 KB of shared memory. Every block: scores and maxima of its groups (and sums,
 //              where no top_k bounds the list: top_k = 0 or beyond G). The block that finishes last:
 //              1. A threshold below which nothing can be chosen. top_k: the k-th largest of the maxima of segments (1 to 32
-//                 groups), since k of them have a token that large; for random logits few more than k tokens reach it. top_p: what is below t sums to at
-//                 most sum(sums of groups below t) + sum over the others of min(their sum - their largest, ids * w(t)), which
-//                 16 warps compare with 1 - p for 16 thresholds t. min_p: by definition.
+//                 groups), since k of them have a token that large; for random logits few more than k tokens reach it.
+//                 top_p: what is below t sums to at most sum(sums of groups below t) + sum over the others of
+//                 min(their sum - their largest, ids * w(t)), which 16 warps compare with 1 - p for 16 thresholds t.
+//                 min_p: by definition.
 //              2. Gathers the tokens from there on, in the order of their ids, from the groups that have one.
 //              3. Up to 1536 of them are sorted (by counting, in shared memory), and the sorted sums give the last token kept.
 //                 Should more be there (equal logits, a flat nucleus), bisection over the whole vocabulary narrows them
-//                 down: right, but some 10 times slower.
+//                 down: right, but slower by one or two orders of magnitude.
 //              4. The draw: sums by 16 warps of 16 ranges, then within the range that holds the target, and so on.
 //              With temperature alone, 4 starts with the groups' sums, and no list is made.
 // Precision    float64 throughout; scores exactly the host's, so top_k and all ties are decided as there
@@ -273,8 +274,8 @@ struct Bound { u64 key; int id; };
 __device__ __forceinline__ Bound bound_of_list(int n, int top_k, double top_p, double below, double above) {
     const int t = threadIdx.x;
     // ORDER: places in the list, by key, then by place, which is the order of ids. A token's place in it is the number of
-    // those before it, for which `parts` neighbouring threads compare it with all others: n * n compares in all, which for
-    // 30 tokens takes less time than the 15 barriers of a bitonic network (7 us), and up to 1,000 no more
+    // those before it, for which `parts` neighbouring threads compare it with all others: n * n compares in all, and no
+    // barriers. A bitonic network took 7 us for 30 tokens and 12 for 70 (H100)
     int parts = 32;
     while (parts > 1 && n * parts > THREADS) parts /= 2;
     for (int base = 0; base < n; base += THREADS / parts) {

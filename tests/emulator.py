@@ -277,6 +277,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
         "free_bytes": lambda: 1 << 40,
         "peak_bandwidth": lambda: 1e12,
         "max_shared_bytes": lambda: MAX_SHARED,
+        "resident_blocks": lambda *_: 0,  # as on a GPU before Hopper, unless a test says otherwise
     }
     for name, function in replaced.items():
         monkeypatch.setattr(launch, name, function)

@@ -8,7 +8,7 @@ from pathlib import Path
 import nvrtc
 import pytest
 
-from cuqwen import cuda, launch
+from cuqwen import launch
 
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason=nvrtc.unavailable_reason())
 KERNELS = sorted(launch.KERNEL_FOLDER.glob("*.cu"))
@@ -55,7 +55,7 @@ def test_resources_are_those_of_the_table(reports):
 def test_a_models_kernels_compile_in_seconds():
     """What a user waits for at the first start: the variants of a bf16 model, here in processor time of one core."""
     start = time.thread_time()
-    for file, defines in cuda.variants():
+    for file, defines in nvrtc.variants():
         if {value for _, value in defines} <= {"bf16", "f32", "128"} and ("W_TYPE", "f32") not in defines:
             nvrtc.compile(launch.source(file), "90", defines)
     seconds = time.thread_time() - start
@@ -107,7 +107,7 @@ def _code(path):
 
 
 def test_every_file_can_be_compiled_by_the_package():
-    assert {path.stem for path in KERNELS} == {file for file, _ in cuda.variants()}
+    assert {path.stem for path in KERNELS} == {file for file, _ in nvrtc.variants()}
     assert KERNELS
 
 

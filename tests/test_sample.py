@@ -1,9 +1,9 @@
 """The operation `sample`: the very token that `Sampler.sample` chooses for the same logits and random numbers.
 
-On the reference, on the CUDA source run on the CPU with small vocabularies, and with `-m gpu` on a GPU at full size. Both
-sides' bounds (of top_p, min_p and the draw) are sums and exponentials rounded differently: where a uniform number or p comes
-nearer to a bound than 1e-9 of the whole sum, 30 times the error bound in the kernel's head, the tokens might rightly differ.
-The seeds here are fixed, and no case is that near: equality is asserted without exception.
+On the reference, on the CUDA source run on the CPU, and with `-m gpu` on a GPU. Both sides' bounds (of top_p, min_p and
+the draw) are sums and exponentials rounded differently: where a uniform number or p comes nearer to a bound than 1e-9 of
+the whole sum, 30 times the error bound in the kernel's head, the tokens might rightly differ. The seeds here are fixed, and
+no case is that near: equality is asserted without exception.
 """
 
 import checkpoints
@@ -107,9 +107,9 @@ PENALTIES = [
 @pytest.mark.parametrize("kind", ["normal", "equals", "masked", "peaked"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_sample(side, settings, kind):
-    n, rows = (151669, 12) if side == "gpu" else (2000, 3)
     rng = np.random.default_rng(len(kind))
-    compare(side, random_logits(rng, rows, n, kind), **settings)
+    compare(side, random_logits(rng, 12 if side == "gpu" else 1, 151669, kind), **settings)
+    compare(side, random_logits(rng, 3, 2000, kind), **settings)
 
 
 @pytest.mark.parametrize("penalties", PENALTIES, ids=str)
@@ -156,8 +156,7 @@ def test_sample_of_equals(side, n, top_p):
 )
 @pytest.mark.parametrize("kind", ["normal", "equals"])
 def test_sample_from_more_than_the_list_holds(side, settings, kind):
-    n = 151669 if side == "gpu" else 6000
-    rng = np.random.default_rng(2)
+    rng, n = np.random.default_rng(2), 151669
     compare(side, random_logits(rng, 2, n, kind), prompt=rng.integers(0, n, n // 2), **settings)
 
 

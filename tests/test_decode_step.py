@@ -1,0 +1,209 @@
+"""The step in one launch against float64 and against the step operation by operation, emulated and on a GPU."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import Spec, write
+
+from cuqwen import decode_step, launch, weights
+from cuqwen.config import Config
+from cuqwen.decode_step import LOST, NO_CHOICE, DecodeStep
+from cuqwen.model import Device, Qwen3
+
+F32, BF16 = np.float32, ml_dtypes.bfloat16
+SPECS = {
+    spec.name: spec
+    for spec in (
+        Spec("two_heads_a_key_head", 4, 2, 64, 128, 192, 264),
+        Spec("untied_no_gain_biases", 7, 1, 64, 448, 320, 272, model_type="qwen2", tie_word_embeddings=False),
+        Spec("four_heads_together_ragged_segments", 4, 1, 128, 1088, 1216, 264, k_gains="ordinary"),
+        Spec("two_segments_each", 16, 8, 128, 2048, 2176, 520, num_hidden_layers=1, k_gains="ordinary"),
+    )
+}
+BLOCKS = {"two_heads_a_key_head": 5, "untied_no_gain_biases": 8, "four_heads_together_ragged_segments": 17}
+
+
+def load(folder, device, kv_dtype=F32):
+    config = Config.from_folder(folder)
+    return Qwen3(config, weights.read(folder, config, device.place_weight), device, kv_dtype)
+
+
+def host(array):
+    return array.get() if hasattr(array, "get") else np.array(array)
+
+
+def error(got, truth):
+    return np.linalg.norm(got - truth) / np.linalg.norm(truth)
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def start(request, monkeypatch):
+    """Call it with a number of blocks for a Device; what the CPU's own arithmetic is for must be there before."""
+
+    def begin(blocks):
+        if request.param == "emulated":
+            settings = request.getfixturevalue("emulated_gpu")
+            settings.resident_blocks = blocks
+            settings.patience = 20
+        elif launch.resident_blocks.__wrapped__("silu_mul", "silu_mul", (("OUT_TYPE", "f32"),), 256, 0) == 0:
+            pytest.skip("needs a GPU of compute capability 9.0 or newer")
+        monkeypatch.setattr(launch, "resident_blocks", lambda *_: blocks)
+        return Device.cuda()
+
+    begin.emulated = request.param == "emulated"
+    return begin
+
+
+def put(array, values):
+    array[...] = Device.cuda().upload(np.asarray(values, array.dtype))
+
+
+@pytest.mark.parametrize("kv", [F32, BF16])
+@pytest.mark.parametrize("name", SPECS)
+def test_decode_step(start, tmp_path, name, kv):
+    """Every step of a sequence: at most twice the error of the operations one by one, against float64 throughout."""
+    if name not in BLOCKS and start.emulated:
+        pytest.skip("too large to emulate")
+    folder = write(tmp_path, SPECS[name])
+    ids = np.random.default_rng(0).integers(0, 256, 6).astype(np.int32)
+    reference = load(folder, Device.cpu(np.float64), np.float64)
+    truth = reference.forward(ids, reference.new_cache(9), rows=len(ids))
+    device = start(BLOCKS.get(name, 128))
+    network = load(folder, device, kv)
+    by_operations, cache = network.new_cache(9), network.new_cache(9)
+    put(cache.keys, np.full(cache.keys.shape, np.nan)), put(cache.values, np.full(cache.values.shape, np.nan))
+    step = DecodeStep(network, cache, SPECS[name].vocab_size)
+    for at, token in enumerate(ids):
+        wanted = host(network.forward(device.upload(ids[at : at + 1]), by_operations))[0]
+        put(step.ids, [token]), put(step.position, [at])
+        step()
+        logits = host(step.logits)[0]
+        floor = 4e-7 if kv is F32 else 2e-3  # both are right to some roundings: of sums, of k and v
+        assert error(logits, truth[at]) <= 2 * error(wanted, truth[at]) + floor
+        assert host(step.ids)[0] == np.argmax(logits) and host(step.position)[0] == at + 1
+    for mine, theirs in ((cache.keys, by_operations.keys), (cache.values, by_operations.values)):
+        mine, theirs = (host(array).astype(np.float64) for array in (mine, theirs))
+        assert np.all(np.isnan(mine[:, 6:]))
+        assert np.abs(mine - theirs)[:, :6].max() <= (1e-4 if kv is F32 else 0.02) * np.abs(theirs[:, :6]).max()
+
+
+@pytest.mark.parametrize("cached", [255, 256, 257, 300, 600, 1100])
+def test_decode_step_shares_out_the_keys(start, tmp_path, cached):
+    """From 257 cached keys on several blocks share a head's. Poison behind the sequence must not be read."""
+    spec = Spec("long", 2, 1, 64, 128, 192, 264, num_hidden_layers=1, k_gains="ordinary")
+    folder = write(tmp_path, spec)
+    rng = np.random.default_rng(cached)
+    rows = [rng.standard_normal((1, cached, 1, 64)).astype(F32) for _ in range(2)]
+    reference = load(folder, Device.cpu(np.float64), np.float64)
+    cache = reference.new_cache(cached + 1)
+    cache.keys[:, :cached], cache.values[:, :cached], cache.length = *rows, cached
+    truth = reference.forward(np.array([7]), cache)[0]
+    device = start(8)
+    network = load(folder, device)
+    cache = network.new_cache(cached + 40)
+    for array, known in zip((cache.keys, cache.values), rows, strict=True):
+        filled = np.full(array.shape, np.nan, F32)
+        filled[:, :cached] = known
+        put(array, filled)
+    step = DecodeStep(network, cache, spec.vocab_size)
+    put(step.ids, [7]), put(step.position, [cached])
+    step()
+    assert error(host(step.logits)[0], truth) < 1e-5
+
+
+def test_decode_step_continues_by_itself(start, tmp_path):
+    """ids and position of one launch are the input of the next; the launches of other sequences do not disturb it."""
+    spec = SPECS["two_heads_a_key_head"]
+    network = load(write(tmp_path, spec), start(5), BF16)
+    sequences = []
+    for first in (3, 200):
+        step = DecodeStep(network, network.new_cache(12), 256)
+        put(step.ids, [first]), put(step.position, [0])
+        sequences.append((step, [first]))
+    for _ in range(5):
+        for step, ids in sequences:
+            step()
+            ids.append(int(host(step.ids)[0]))
+    for _, ids in sequences:
+        cache = network.new_cache(12)
+        for token, following in zip(ids, ids[1:], strict=False):
+            logits = host(network.forward(network.device.upload(np.array([token], np.int32)), cache))[0, :256]
+            assert logits[following] >= logits.max() - 1e-3 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("poison,token", [(None, 0), (np.nan, NO_CHOICE), (np.inf, NO_CHOICE), (-np.inf, NO_CHOICE)])
+def test_decode_step_without_a_choice(start, tmp_path, poison, token):
+    """Equal logits give the lowest id; NaN and infinities none. Ids from n_ids on do not count."""
+    spec = Spec("flat", 2, 1, 64, 64, 128, 264, num_hidden_layers=1, tie_word_embeddings=False)
+    network = load(write(tmp_path, spec), start(2))
+    head = np.zeros(network.weights.lm_head.shape, F32)
+    head[260] = 1.0
+    put(network.weights.lm_head, head)
+    if poison is not None:
+        norm = host(network.weights.norm)
+        norm[:] = 0 if np.isinf(poison) else np.nan
+        put(network.weights.norm, norm)
+    step = DecodeStep(network, network.new_cache(4), 256)
+    put(step.ids, [1]), put(step.position, [0])
+    step()
+    logits = host(step.logits)[0]
+    if poison is None or np.isnan(poison):
+        assert host(step.ids)[0] == token and (np.isnan(logits).all() if poison else (logits[:256] == 0).all())
+    else:
+        assert host(step.ids)[0] == 0  # a norm of zeros: all logits are 0 again
+
+
+@pytest.mark.parametrize("token,position", [(-1, 0), (264, 0), (1, -1), (1, 4)])
+def test_decode_step_of_what_does_not_exist(start, tmp_path, token, position):
+    """An id outside the vocabulary or a position outside the cache: nothing is read or written there."""
+    network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5))
+    step = DecodeStep(network, network.new_cache(4), 264)
+    put(step.ids, [token]), put(step.position, [position])
+    step()
+    assert host(step.ids)[0] == LOST
+
+
+def test_decode_step_gives_up_when_a_block_is_missing(start, tmp_path):
+    """Its words never come: after two seconds the others go on, and the host is told."""
+    network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5))
+    step = DecodeStep(network, network.new_cache(4), 264)
+    put(step.ids, [1]), put(step.position, [0])
+    words = step.args[11]
+    step.function((3,), (decode_step.THREADS,), step.args, step.shared_bytes)  # the head of units 3 is nobody's
+    assert host(step.ids)[0] == LOST and len(words) == decode_step.exchange_words(network.config, 5)
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"dtype": "float16"}, "it takes bf16 weights"),
+    ({"vocab_size": 301}, "a vocabulary that is a multiple of 8"),
+    ({"intermediate_size": 200}, "widths that are multiples of 64"),
+    ({"head_dim": 32}, "heads of 64 or 128"),
+    ({"hidden_size": 2048}, "on which 32 blocks run at once"),
+])  # fmt: skip
+def test_obstacles(start, tmp_path, change, message):
+    spec = Spec(**{**vars(SPECS["two_heads_a_key_head"]), **change})
+    network = load(write(tmp_path, spec), start(8))
+    assert message in decode_step.obstacle(network)
+    with pytest.raises(ValueError, match=f"decode_step: .*{message}"):
+        DecodeStep(network, network.new_cache(4), 256)
+
+
+@pytest.mark.gpu
+def test_decode_step_at_real_sizes(start, tmp_path):
+    """Two layers as wide as those of 0.6B, 1.7B, 4B and 8B, after 700 tokens; and a hundred times the same bits."""
+    for heads, hidden, ffn in ((16, 1024, 3072), (16, 2048, 6144), (32, 2560, 9728), (32, 4096, 12288)):
+        spec = Spec("wide", heads, 8, 128, hidden, ffn, 1024, max_position_embeddings=1024, k_gains="ordinary")
+        network = load(write(tmp_path / str(hidden), spec), start(128), BF16)
+        ids = network.device.upload(np.random.default_rng(1).integers(0, 1024, 701).astype(np.int32))
+        cache = network.new_cache(704)
+        network.forward(ids[:700], cache)
+        other = network.new_cache(704)
+        other.keys[...], other.values[...] = cache.keys, cache.values
+        wanted = host(network.forward(ids[700:], cache))[0]
+        step, results = DecodeStep(network, other, 1024), []
+        for _ in range(100):
+            put(step.ids, host(ids[700:])), put(step.position, [700])
+            step()
+            results.append(host(step.logits)[0])
+        assert error(results[0], wanted) < 2e-3, hidden  # k and v of the new token are rounded to bf16 in both
+        assert all(np.array_equal(results[0], row) for row in results)
