@@ -353,5 +353,12 @@ def sample(
     numbers = np.int32(0 if uniforms is None else len(uniforms)), np.int32(kept)
     reals = map(np.float64, (temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty))
     args = (out, step, history, launch.empty((groups,), np.uint64), *sums, launch.workspace(), logits, uniforms)
-    _run("sample", "sample", {}, (_blocks(groups, 16),), 512, (*args, np.int32(size), np.int32(per_lane), *numbers, *reals))
+    _run(
+        "sample",
+        "sample",
+        {},
+        (_blocks(groups, 16),),
+        512,
+        (*args, np.int32(size), np.int32(per_lane), *numbers, *reals),
+    )
     return out

@@ -83,7 +83,11 @@ class Decoder:
         ValueError if the cache is full.
         """
         portable = self.one_launch is None
-        if self.model.device.name == "cpu" or (portable and self.eager_steps == 0) or self.cache.length == self.cache.capacity:
+        if (
+            self.model.device.name == "cpu"
+            or (portable and self.eager_steps == 0)
+            or self.cache.length == self.cache.capacity
+        ):
             self.eager_steps += 1
             logits = self.model.forward(ids, self.cache)
             if self.choice is not None:
@@ -108,7 +112,9 @@ class Decoder:
         else:
             self.one_launch()
             logits = self.one_launch.logits
-        if self.choice is not None and not (self.one_launch and self.choice.is_argmax):  # that kernel takes the arg-max itself
+        if self.choice is not None and not (
+            self.one_launch and self.choice.is_argmax
+        ):  # that kernel takes the arg-max itself
             self.choice(logits, self.ids)
         return logits
 

@@ -104,7 +104,9 @@ def obstacle(model: Qwen3) -> str | None:
 def blocks(model: Qwen3) -> int:
     """Blocks that the step is launched with: all that the GPU runs at once, as long as each has 8 rows of every matrix."""
     c = model.config
-    resident = launch.resident_blocks("decode_step", "decode_step", defines(c, model.kv_dtype), THREADS, shared_bytes(c))
+    resident = launch.resident_blocks(
+        "decode_step", "decode_step", defines(c, model.kv_dtype), THREADS, shared_bytes(c)
+    )
     groups = (c.hidden_size, c.intermediate_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
     return min(resident, *(size // 8 for size in groups))
 

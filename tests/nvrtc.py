@@ -177,7 +177,9 @@ def _stands(defines: launch.Defines, arch: str) -> bool:
 
 def report_all() -> Reports:
     """`report` on every variant of every kernel, and on those that stand for all on every architecture."""
-    jobs = [(file, defines, arch) for file, defines in variants() for arch in architectures(file) if _stands(defines, arch)]
+    jobs = [
+        (file, defines, arch) for file, defines in variants() for arch in architectures(file) if _stands(defines, arch)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC compiles in several threads at once
         return dict(zip(jobs, pool.map(lambda job: report(*job), jobs), strict=True))
 

@@ -1,5 +1,7 @@
 """The step in one launch against float64 and against the step operation by operation, emulated and on a GPU."""
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -40,11 +42,12 @@ def error(got, truth):
 def start(request, monkeypatch):
     """Call it with a number of blocks for a Device; what the CPU's own arithmetic is for must be there before."""
 
-    def begin(blocks):
+    def begin(blocks, one_order=False):
         if request.param == "emulated":
             settings = request.getfixturevalue("emulated_gpu")
             settings.resident_blocks = blocks
             settings.patience = 20
+            settings.orders = settings.orders[:1] if one_order else settings.orders
         elif launch.resident_blocks.__wrapped__("silu_mul", "silu_mul", (("OUT_TYPE", "f32"),), 256, 0) == 0:
             pytest.skip("needs a GPU of compute capability 9.0 or newer")
         monkeypatch.setattr(launch, "resident_blocks", lambda *_: blocks)
@@ -126,7 +129,7 @@ def test_decode_step_continues_by_itself(start, tmp_path):
             ids.append(int(host(step.ids)[0]))
     for _, ids in sequences:
         cache = network.new_cache(12)
-        for token, following in zip(ids, ids[1:], strict=False):
+        for token, following in itertools.pairwise(ids):
             logits = host(network.forward(network.device.upload(np.array([token], np.int32)), cache))[0, :256]
             assert logits[following] >= logits.max() - 1e-3 * np.abs(logits).max()
 
@@ -165,12 +168,12 @@ def test_decode_step_of_what_does_not_exist(start, tmp_path, token, position):
 
 def test_decode_step_gives_up_when_a_block_is_missing(start, tmp_path):
     """Its words never come: after two seconds the others go on, and the host is told."""
-    network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5))
+    network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5, one_order=True))
     step = DecodeStep(network, network.new_cache(4), 264)
     put(step.ids, [1]), put(step.position, [0])
-    words = step.args[11]
-    step.function((3,), (decode_step.THREADS,), step.args, step.shared_bytes)  # the head of units 3 is nobody's
-    assert host(step.ids)[0] == LOST and len(words) == decode_step.exchange_words(network.config, 5)
+    step.grid = (3,)  # of four heads the last is nobody's; what comes out besides depends on chance
+    step()
+    assert host(step.ids)[0] == LOST
 
 
 @pytest.mark.parametrize("change,message", [

@@ -714,7 +714,12 @@ def test_a_row_is_the_same_in_every_tile(side, rng, monkeypatch, x_type, D):
     inputs = qkv_inputs(rng, 130, 2, 1, D, 104, bias=True)
     x, gate, up = random(rng, (130, 104), x_type), *(random(rng, (40, 104), BF16) for _ in range(2))
     whole = None
-    for shape, few in (("wide", slice(0, 130)), ("middle", slice(0, 130)), ("few", slice(60, 93)), ("wide", slice(3, 8))):
+    for shape, few in (
+        ("wide", slice(0, 130)),
+        ("middle", slice(0, 130)),
+        ("few", slice(60, 93)),
+        ("wide", slice(3, 8)),
+    ):
         monkeypatch.setattr(cuda, "_choose", lambda *_, shape=shape: shape)
         rows = side.put(x[few])
         part = run_qkv_rope(side, {**inputs, "x": x[few], "positions": inputs["positions"][few]})
@@ -743,7 +748,9 @@ def test_qkv_rope_of_many_rows(side, rng, shape, T, H, K, D, C, bias, gain, x_ty
         assert not cached or np.all(np.isnan(got[others].astype(F32)))
 
 
-@pytest.mark.parametrize("rows,N", [(1, 1), (1, 31), (1, 151936), (3, 1025), (5, 4096), (0, 7), (2, 4099), (3, 9001), (1, 300001)])
+@pytest.mark.parametrize(
+    "rows,N", [(1, 1), (1, 31), (1, 151936), (3, 1025), (5, 4096), (0, 7), (2, 4099), (3, 9001), (1, 300001)]
+)
 def test_argmax(side, rng, rows, N):
     x = random(rng, (rows, N))
     out = side.put(np.full(rows, -7, np.int32))
@@ -1032,7 +1039,9 @@ def test_memory_that_results_may_share(side, rng):
         a = side.put(x.copy())
         assert make(a) is a and not np.array_equal(side.get(a), x)
     memory = side.put(np.ones((4, 64), F32))
-    assert np.array_equal(side.get(ops.rmsnorm(memory[:2], side.put(np.ones(64, F32)), 0.0, out=memory[2:])), np.ones((2, 64)))
+    assert np.array_equal(
+        side.get(ops.rmsnorm(memory[:2], side.put(np.ones(64, F32)), 0.0, out=memory[2:])), np.ones((2, 64))
+    )
     assert ops.rmsnorm(memory[2:2], memory[3], out=memory[2:2]).shape == (0, 64)
 
 

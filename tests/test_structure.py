@@ -11,7 +11,18 @@ from cuqwen import cuda, launch, ops, reference
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cuqwen"
-OPERATIONS = ("embed", "rmsnorm", "qkv_rope", "qk_norm", "attention", "matmul", "swiglu", "silu_mul", "argmax", "sample")
+OPERATIONS = (
+    "embed",
+    "rmsnorm",
+    "qkv_rope",
+    "qk_norm",
+    "attention",
+    "matmul",
+    "swiglu",
+    "silu_mul",
+    "argmax",
+    "sample",
+)
 ORDER = (
     "config", "hub", "launch", "rope", "sampling", "reference", "cuda", "ops", "weights", "cache", "model", "decode_step",
     "decode", "tokenizer", "generate", "api", "cli",
