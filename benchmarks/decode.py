@@ -40,9 +40,10 @@ SIZES = {  # layers, hidden, query heads, feed-forward
 }  # fmt: skip
 
 
-def random_model(size: str) -> Qwen3:
-    """A network of Qwen3's shape with random weights, made on the GPU."""
-    layers, hidden, heads, ffn = SIZES[size]
+def random_model(size: str, layers: int | None = None) -> Qwen3:
+    """A network of Qwen3's shape, or of the first few layers of it, with random weights made on the GPU."""
+    all_layers, hidden, heads, ffn = SIZES[size]
+    layers = layers or all_layers
     config = Config(
         model_type="qwen3", hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,

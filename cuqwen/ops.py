@@ -163,8 +163,9 @@ class _Check:
         """The names of the arrays so far that have a byte in common with `out`."""
         if isinstance(out, np.ndarray):  # the bounds first: they are cheap
             return [name for name, a in self.arrays.items() if np.may_share_memory(out, a) and np.shares_memory(out, a)]
-        for name in self.arrays.keys() - self.spans.keys():
-            self.spans[name] = _span(self.arrays[name])
+        for name, array in self.arrays.items():
+            if name not in self.spans:
+                self.spans[name] = _span(array)
         first, last = _span(out)
         return [name for name, (start, stop) in self.spans.items() if first < stop and start < last]
 

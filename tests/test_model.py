@@ -161,9 +161,10 @@ def test_load_on_the_gpu_through_the_public_face():
     ).generate("In the beginning", max_tokens=64, temperature=0)
 
 
-def test_recorded_steps_equal_single_launches(kernels):
-    """Bit for bit, for two sequences whose steps alternate, up to a full cache; then with the tables replaced by longer
+def test_recorded_steps_equal_single_launches(kernels, monkeypatch):
+    """The portable ones: bit for bit, for two sequences whose steps alternate, up to a full cache; then with the tables replaced by longer
     ones, to which the recordings do not point."""
+    monkeypatch.setenv("CUQWEN_PORTABLE", "1")
     network = load(DEMO, kernels(), ml_dtypes.bfloat16)
     length = 47 if network.device.upload(np.zeros(1)).__class__ is not np.ndarray else 11
     sequences = []
