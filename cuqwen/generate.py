@@ -84,6 +84,7 @@ def generate_steps(
     ahead = model.device.name != "cpu"
     logits = _read_prompt(model, prompt, cache)
     choice(logits, decoder.ids)
+    choice.read(int(decoder.ids[0]), logits, first=True)
     read = launch.read_later(decoder.ids)
     for count in range(1, max_tokens + 1):
         last = count == max_tokens
