@@ -83,10 +83,10 @@ def tokens_per_second(model: Qwen3, context: int, **sampling: Any) -> tuple[floa
     choice = Choice(model, Sampling(**sampling), [1], 151669, TOKENS)
     decoder = Decoder(model, cache, choice)
     logits = decoder.step(launch.upload(np.array([1], np.int32)))
-    times, read = [], launch.read_later(decoder.ids)
+    times, read = [], launch.read_later(decoder.state)
     for _ in range(TOKENS - 2):
-        logits, read, this = decoder.step(decoder.ids), launch.read_later(decoder.ids), read
-        choice.read(this(), logits)
+        logits, read, this = decoder.step(decoder.ids), launch.read_later(decoder.state), read
+        choice.check(this(), logits)
         times.append(time.perf_counter())
     return (len(times) - SKIPPED) / (times[-1] - times[SKIPPED - 1]), decoder.obstacle
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cuqwen import launch
 from cuqwen.cache import KVCache
-from cuqwen.decode_step import LOST, DecodeStep, obstacle
+from cuqwen.decode_step import NO_CHOICE, DecodeStep, obstacle
 from cuqwen.model import Qwen3
 from cuqwen.sampling import Sampler, Sampling, no_choice
 
@@ -36,27 +36,32 @@ class Choice:
 
     def __call__(self, logits: Array, ids: Array) -> None:
         """Choose by `logits` [1, V]; the token's id goes to ids [1] int32."""
-        row, operations = logits[0, : self.n_ids], self.model.device.operations
-        if self.is_argmax:  # less to compile at the first start, and 2 us less a token (H100)
-            operations.argmax(row.reshape(1, -1), out=ids)
-        else:
-            operations.sample(row, **self.settings, out=ids)
+        self.model.device.operations.sample(logits[0, : self.n_ids], **self.settings, out=ids)
 
-    def read(self, token: int, logits: Array, *, first: bool = False) -> int:
-        """`token`, if it is one, as a call put it into `ids`. `logits`: those that it was chosen by, or of a later step. The
-        arg-max operation answers with some token always, so that the first one's logit is looked at as well.
+    def first(self, logits: Array, ids: Array) -> None:
+        """The same for the first token. A greedy one on a GPU needs no `sample`, which takes seconds to compile once on a
+        machine; the host looks at its logit instead. Raises ValueError as `check` does."""
+        if not self.is_argmax or self.model.device.name == "cpu":
+            return self(logits, ids)
+        row = logits[0, : self.n_ids]
+        self.model.device.operations.argmax(row.reshape(1, -1), out=ids)
+        if not np.isfinite(float(row[int(ids[0])])):
+            self.check([NO_CHOICE, 0], logits)
+
+    def check(self, state: Sequence[int], logits: Array) -> int:
+        """The token in a decoder's `state` [2]. `logits`: those that it was chosen by, or of a later step.
 
         Raises ValueError for logits that left no choice: broken weights must not come out as plausible tokens. Raises
         DeviceError if blocks of the one-launch step waited in vain for each other.
         """
-        if token == LOST:
+        token, lost = state
+        if lost:
             raise launch.DeviceError(
                 "decode_step: a block waited two seconds for another one; wanted the GPU, or a fixed part of it, for this "
                 "process; see nvidia-smi for others, and set CUQWEN_PORTABLE=1 to run a step as many small kernels"
             )
-        row = logits[0, : self.n_ids]
-        looks = self.is_argmax and (first or self.model.device.name == "cpu")
-        if token < 0 or (looks and not np.isfinite(float(row[token]))):
+        if token < 0:
+            row = logits[0, : self.n_ids]
             raise no_choice(row.get() if launch.is_gpu_array(row) else row)
         return token
 
@@ -78,9 +83,10 @@ class Decoder:
         self.one_launch: DecodeStep | None = None
         if self.obstacle is None:
             self.one_launch = DecodeStep(model, cache, choice.n_ids if choice else model.config.vocab_size)
-            self.ids, self.position = self.one_launch.ids, self.one_launch.position
+            self.state, self.position = self.one_launch.state, self.one_launch.position
         else:
-            self.ids, self.position = (model.device.empty((1,), np.int32) for _ in range(2))
+            self.state, self.position = model.device.upload(np.zeros(2, np.int32)), model.device.empty((1,), np.int32)
+        self.ids = self.state[:1]
 
     def step(self, ids: Array) -> Array:
         """Append one token, ids [1] int32 on the model's device; return its logits [1, V], which the next step overwrites.
@@ -107,9 +113,11 @@ class Decoder:
             launch.copy(self.ids, ids)
         if self.cache.length != self.next_position:
             launch.copy(self.position, self.model.positions[self.cache.length :][:1])
+        self.next_position = -1  # not known, if an interrupt comes now
         self.launch()
         self.cache.length += 1
-        self.next_position = self.cache.length if self.one_launch else -1
+        if self.one_launch:
+            self.next_position = self.cache.length
         return self.logits
 
     def _record(self) -> Array:

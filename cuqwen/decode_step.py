@@ -27,8 +27,7 @@ THREADS = 32 * (WARPS + 1)
 SLOT_BYTES, SLOTS = 16 << 10, 12
 MAX_SPLITS = 16
 HOPPER_SHARED_BYTES = 227 << 10
-# What stands in `ids` where no token could be chosen, and where a block gave up waiting for another.
-NO_CHOICE, LOST = -1, -2
+NO_CHOICE = -1  # in `ids`, where the logits leave no token
 
 
 def variants() -> Iterator[tuple[str, launch.Defines]]:
@@ -97,7 +96,8 @@ def obstacle(model: Qwen3) -> str | None:
     units = c.num_attention_heads // _unit_heads(c)
     wanted = max(units, -(-c.hidden_size // 64))
     if blocks(model) < wanted:
-        return f"it takes a GPU of compute capability 9.0 or newer on which {wanted} blocks run at once"
+        needed = f"{wanted} blocks with {shared_bytes(c) >> 10} KB of shared memory"
+        return f"it takes a GPU of compute capability 9.0 or newer that runs {needed} at once"
     return None
 
 
@@ -115,7 +115,8 @@ class DecodeStep:
     """The step of the sequence in `cache`: `ids` [1] and `position` [1], int32 on the device, go in; `logits` [1, V]
     float32 come out, and `ids` and `position` are then those of the next greedy step, below `n_ids`.
 
-    Where there is no next token, `ids` is NO_CHOICE or LOST. Raises ValueError if there is an `obstacle`.
+    `state` [2] is `ids`, NO_CHOICE where the logits leave no token, and 0, or 1 from when a block gave up waiting for another,
+    which nothing takes back. Raises ValueError if there is an `obstacle`.
     """
 
     def __init__(self, model: Qwen3, cache: KVCache, n_ids: int) -> None:
@@ -123,7 +124,8 @@ class DecodeStep:
             raise ValueError(f"decode_step: {reason}")
         c, device = model.config, model.device
         self.grid, self.shared_bytes = (blocks(model),), shared_bytes(c)
-        self.ids, self.position = (device.empty((1,), np.int32) for _ in range(2))
+        self.state, self.position = device.upload(np.zeros(2, np.int32)), device.empty((1,), np.int32)
+        self.ids = self.state[:1]
         self.logits = device.empty((1, c.vocab_size), np.float32)
         self.keep = model.weights, model.cos, model.sin, cache  # the kernel has bare addresses
         addresses = [
@@ -132,7 +134,7 @@ class DecodeStep:
         ]
         words = device.upload(np.zeros(exchange_words(c, self.grid[0]), np.uint64))
         self.args = (
-            self.logits, self.ids, self.position, device.upload(np.array(addresses, np.uint64)), model.weights.embed_tokens,
+            self.logits, self.state, self.position, device.upload(np.array(addresses, np.uint64)), model.weights.embed_tokens,
             model.weights.lm_head, model.weights.norm, model.cos, model.sin, cache.keys, cache.values, words,
             device.upload(np.ones(1, np.uint32)), np.int32(c.vocab_size), np.int32(n_ids), np.int32(cache.capacity),
             np.float32(c.rms_norm_eps),

@@ -83,16 +83,15 @@ def generate_steps(
     # the last token of an answer one step too many has been made.
     ahead = model.device.name != "cpu"
     logits = _read_prompt(model, prompt, cache)
-    choice(logits, decoder.ids)
-    choice.read(int(decoder.ids[0]), logits, first=True)
-    read = launch.read_later(decoder.ids)
+    choice.first(logits, decoder.ids)
+    read = launch.read_later(decoder.state)
     for count in range(1, max_tokens + 1):
         last = count == max_tokens
         if ahead and not last:
-            logits, read, read_this = decoder.step(decoder.ids), launch.read_later(decoder.ids), read
+            logits, read, read_this = decoder.step(decoder.ids), launch.read_later(decoder.state), read
         else:
             read_this = read
-        token = choice.read(read_this(), logits)
+        token = choice.check(read_this(), logits)
         ended = token in end_ids
         text, stopped = stops.push("" if ended else stream.push(token))
         if (ended or last) and not stopped:
@@ -103,7 +102,7 @@ def generate_steps(
             return
         yield Step(text, token)
         if not ahead:
-            logits, read = decoder.step(decoder.ids), launch.read_later(decoder.ids)
+            logits, read = decoder.step(decoder.ids), launch.read_later(decoder.state)
 
 
 def _read_prompt(model: Qwen3, prompt: Sequence[int], cache: Any) -> Any:

@@ -235,12 +235,16 @@ def max_shared_bytes() -> int:
     return cupy().cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
 
-@functools.cache
 def resident_blocks(file: str, entry: str, defines: Defines, threads: int, shared_bytes: int) -> int:
     """How many blocks of a kernel this GPU, or the part of it that this process has, can run at the same time.
 
     0 on a GPU older than Hopper (compute capability 9.0), whose instructions such kernels need.
     """
+    return _resident_blocks(cupy().cuda.Device().id, file, entry, defines, threads, shared_bytes)
+
+
+@functools.cache
+def _resident_blocks(device_id: int, file: str, entry: str, defines: Defines, threads: int, shared_bytes: int) -> int:
     cp = cupy()
     device = cp.cuda.Device()
     if int(device.compute_capability) < 90 or shared_bytes > max_shared_bytes():
@@ -252,21 +256,27 @@ def resident_blocks(file: str, entry: str, defines: Defines, threads: int, share
     return blocks * device.attributes["MultiProcessorCount"]
 
 
-def read_later(array: Any) -> Callable[[], int]:
-    """Copies array[0], int32, to the host after what is on the current stream now. Returns what waits for it and gives it."""
-    if not is_gpu_array(array):
-        value = int(array[0])
-        return lambda: value
-    cp = cupy()
-    memory = cp.cuda.alloc_pinned_memory(array.itemsize)
-    arrived = cp.cuda.Event(block=False, disable_timing=True)
-    stream = cp.cuda.get_current_stream()
-    array.data.copy_to_host_async(ctypes.c_void_p(memory.ptr), array.itemsize, stream)
-    arrived.record(stream)
+_copies: list[tuple[Any, Any]] = []  # (event, page-locked memory) of copies that may still be on their way
 
-    def read() -> int:
+
+def read_later(array: Any) -> Callable[[], list[int]]:
+    """Copies a small int32 array to the host after what is on the current stream now. Returns what waits for it and gives
+    its elements."""
+    if not is_gpu_array(array):
+        values = array.tolist()
+        return lambda: values
+    cp = cupy()
+    # memory that nobody asks for any more must outlive its copy: CuPy would hand it out again at once
+    _copies[:] = [copy for copy in _copies if not copy[0].done]
+    memory = cp.cuda.alloc_pinned_memory(array.nbytes)
+    arrived, stream = cp.cuda.Event(block=False, disable_timing=True), cp.cuda.get_current_stream()
+    array.data.copy_to_host_async(ctypes.c_void_p(memory.ptr), array.nbytes, stream)
+    arrived.record(stream)
+    _copies.append((arrived, memory))
+
+    def read() -> list[int]:
         arrived.synchronize()
-        return int(np.frombuffer(memory, np.int32, 1)[0])
+        return np.frombuffer(memory, np.int32, array.size).tolist()
 
     return read
 

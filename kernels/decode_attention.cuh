@@ -125,7 +125,7 @@ __device__ __forceinline__ void attend(Me& me, const u64* table, int l, int p, K
 
     const u64* projected = words + PROJECTED;
     if (warp < (newest ? CH + 2 : CH)) {
-        const bool is_query = warp < CH, is_key = warp == CH, writes = !is_query && unit * CH % (H / K) == 0;
+        const bool is_query = warp < CH, is_key = warp == CH, writes = !is_query && shared.known && unit * CH % (H / K) == 0;
         const u64* from = projected + (is_query ? (unit * CH + warp) * D : HD + (is_key ? 0 : K * D) + kv * D);
         const float* gain = QK_NORM && warp <= CH ? array<float>(table, l, is_query ? Q_NORM : K_NORM) : nullptr;
         KV_TYPE* stored = writes ? (is_key ? keys : values) + (size_t)p * stride + kv * D : nullptr;

@@ -3,15 +3,17 @@
 // Entry point  decode_step            always; gridDim.x blocks that must all be resident at once (one a multiprocessor)
 // Needs        sm_90
 // Arguments    logits    [V]  float32, of the token after the given one
-//              ids       [1]  int32, the token; replaced by the arg-max of the logits below n_ids, the lowest id among equals; by -1 where
-//                             they leave none (NaN, +inf, or all -inf), by -2 where a block gave up waiting
-//              position  [1]  int32, its position p, 0..S-1; replaced by p + 1
+//              ids       [2]  int32: the token, replaced by the arg-max of the logits below n_ids, the lowest id among equals, or by -1 where
+//                             they leave none (NaN, +inf, or all -inf); and 1 from when a block gave up waiting, after which no
+//                             launch does anything
+//              position  [1]  int32, its position p, 0..S-1; replaced by p + 1. A token or a position that does not exist
+//                             gives logits of NaN and no cached row
 //              addresses [L, 14]  addresses of each layer's arrays, in the order of `enum Array`; 0 where a layer has none
 //              embed     [V, C], lm_head [V, C]  W_TYPE        norm [C]  float32
 //              cos, sin  [P, D/2]  float32, P > p
 //              keys, values  [L, S, K, D]  KV_TYPE; row p of each layer is written
 //              words     exchange_words() 8-byte words, zero before the first launch and left to this kernel afterwards
-//              epoch     [1]  uint32, 1 before the first launch, counted up by each
+//              epoch     [1]  uint32, 1 before the first launch, counted up by each; 0 once a block gave up
 //              V, n_ids, S  int32       eps  float32
 // Constants    LAYERS L, HIDDEN C, HEADS H, KV_HEADS K, HEAD_DIM D (64 or 128), FFN F; C, H D and F multiples of 64, V of 8
 //              W_TYPE bf16, KV_TYPE bf16 | f16 | f32, QK_NORM and QKV_BIAS 0 | 1, UNIT_HEADS query heads that attend together,
@@ -29,7 +31,8 @@
 // Error bound  that of the operations
 // Traffic      all weights once and 2 L p K D sizeof(KV_TYPE) bytes of cache
 // Determinism  fixed order of summation; the split of the keys follows from p, and nothing from timing
-// Limits       UNITS = H / UNIT_HEADS <= gridDim.x <= C / 8 <= 8 gridDim.x. A block that waits longer than 2 s goes on with what it has
+// Limits       UNITS = H / UNIT_HEADS <= gridDim.x <= C / 8 <= 8 gridDim.x. A block that waits longer than 2 s goes on with what it has.
+//              Finite weights: an infinite one gives NaN, as do values above 3.39e38
 // Wrapper decode_step.DecodeStep · truth the operations · test tests/test_decode_step.py · benchmark benchmarks/decode.py
 #include "common.cuh"
 #include "ptx.cuh"
@@ -330,7 +333,7 @@ struct Shared {
     float query[CH][D], key[D], value[D];
     float merge[WARPS][SHARE], top[CH][WARPS], weight[CH][WARPS];
     u64 best[WARPS];
-    int lost;
+    int lost, known;  // known: token and position exist
 };
 
 #include "decode_attention.cuh"
@@ -388,8 +391,8 @@ struct Consumer {
 #pragma unroll
                 for (int m = 0; m < N; m++)
                     if (has_chunk<COLUMNS>(n + m, warp)) {
-                        x[m][0] = to_float(embedded[first + chunk(n + m)]);
-                        x[m][1] = to_float(embedded[first + chunk(n + m) + 1]);
+                        x[m][0] = shared.known ? to_float(embedded[first + chunk(n + m)]) : NOT_A_NUMBER;
+                        x[m][1] = shared.known ? to_float(embedded[first + chunk(n + m) + 1]) : NOT_A_NUMBER;
                     }
                 return;
             }
@@ -416,8 +419,7 @@ struct Consumer {
 
 __device__ __forceinline__ float inverse_rms(const float* squares, float eps) { return inverse_sqrt(sum_warps(squares) / C + eps); }
 
-// What the place of a token id holds where there is none.
-constexpr int NO_CHOICE = -1, LOST = -2;
+constexpr int NO_CHOICE = -1;  // in the place of a token id
 constexpr unsigned RANK_OF_INFINITY = 0x7f800000u | 0x80000000u;  // of +inf; NaN has a larger one, -inf its complement
 
 // Larger is better: NaN first, then by value, then the lower id.
@@ -445,10 +447,14 @@ decode_step(float* __restrict__ logits, int* ids, int* position, const u64* __re
     const int t = threadIdx.x, warp = t / 32, p = *position, id = *ids;
     const unsigned turn = *epoch;
     const bool known = id >= 0 && id < V && p >= 0 && p < S;
+    if (turn == 0 || C / ROWS > PASS * int(gridDim.x)) {
+        if (blockIdx.x == 0 && t == 0) ids[0] = NO_CHOICE, ids[1] = 1;
+        return;
+    }
     if (t == 0) {
         for (int s = 0; s < SLOTS; s++) mbarrier_init(shared.full + s, 1), mbarrier_init(shared.empty + s, WARPS);
         fence_mbarrier_init();
-        shared.lost = !known;
+        shared.lost = 0, shared.known = known;
     }
     for (int i = t; i < L * ARRAYS; i += CONSUMERS + 32) shared.table[i] = addresses[i];
     if (t < D / 2) shared.cos[t] = cos[(size_t)(known ? p : 0) * (D / 2) + t], shared.sin[t] = sin[(size_t)(known ? p : 0) * (D / 2) + t];
@@ -487,7 +493,7 @@ decode_step(float* __restrict__ logits, int* ids, int* position, const u64* __re
         attend(me, table, l, known ? p : 0, k, v, words, tag, eps);
         {  // output projection, residual added
             float before = 0.0f;
-            if (has_element) before = l ? read_word(words + AFTER_DOWN + mine, tag - 1, me.patience) : to_float(embedded[mine]);
+            if (has_element) before = l ? read_word(words + AFTER_DOWN + mine, tag - 1, me.patience) : known ? to_float(embedded[mine]) : NOT_A_NUMBER;
             Vector<HD> x;
             me.read<HD>(x, nullptr, words + ATTENDED, tag);
             me.multiply<HD>(x, vector.size(), [&](int, int rows, const float* part) {
@@ -549,7 +555,10 @@ decode_step(float* __restrict__ logits, int* ids, int* position, const u64* __re
     const bool lost = __any_sync(0xffffffffu, me.patience.lost) || best == ~0ull;
     if (t) return;
     const unsigned key = unsigned(best >> 32);
-    *ids = lost ? LOST : key >= RANK_OF_INFINITY || key <= ~RANK_OF_INFINITY ? NO_CHOICE : int(~(unsigned)best);
+    ids[0] = lost || key >= RANK_OF_INFINITY || key <= ~RANK_OF_INFINITY ? NO_CHOICE : int(~(unsigned)best);
+    if (lost) ids[1] = 1;
     *position = p + 1;
-    *epoch = turn + 1;
+    // After a launch that lost a block nothing is as it should be, and that block may begin only now: it and all later launches end
+    // at once, before they leave words that somebody could take for their own.
+    *epoch = lost ? 0 : turn + 1;
 }

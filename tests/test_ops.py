@@ -758,6 +758,15 @@ def test_argmax(side, rng, rows, N):
     assert np.array_equal(side.get(out), np.argmax(x, -1))
 
 
+@pytest.mark.parametrize("N", [300, 9001])
+def test_argmax_finds_it_anywhere(side, N):
+    """Whichever thread and block has it, the last one as well."""
+    places = np.append(np.arange(0, N, N // 13), N - 1)
+    x = np.zeros((len(places), N), F32)
+    x[np.arange(len(places)), places] = 1
+    assert np.array_equal(side.get(ops.argmax(side.put(x))), places)
+
+
 @pytest.mark.parametrize("N", [2000, 20000, 20001])
 def test_argmax_ties_infinities_and_nan(side, N):
     x = np.full((6, N), -1.0, F32)

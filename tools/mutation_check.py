@@ -78,18 +78,48 @@ def bf16(value: str) -> str:
 
 RMSNORM, COMMON, DOT = "kernels/rmsnorm.cu", "kernels/common.cuh", "kernels/dot.cuh"
 SCALES, ZERO_ROWS = "ops::rmsnorm_extreme_scales_and_gains", "ops::rmsnorm_constant_and_zero_rows"
-ROOT_MEAN = "sqrtf(block_sum(sum, scratch) / C + eps)"
+POWER, POWER_OF_SCALED = "const float power = sum / C + eps;", "add) / C + eps * s * s);"
+NORMALISED = "a[e] = a[e] * scale.before * scale.after * gain[e];"
 
-fault("kernel-eps-outside-root", RMSNORM, ROOT_MEAN, "(sqrtf(block_sum(sum, scratch) / C) + eps)", SCALES)
-fault("kernel-eps-dropped", RMSNORM, ROOT_MEAN, "sqrtf(block_sum(sum, scratch) / C)", ZERO_ROWS)
-fault("kernel-eps-1e-5", RMSNORM, ROOT_MEAN, "sqrtf(block_sum(sum, scratch) / C + 1e-5f)", SCALES)
+fault(
+    "kernel-eps-outside-root", RMSNORM, POWER, "const float power = sum / C;", SCALES,
+    also=[("1.0f / sqrtf(power)", "1.0f / (sqrtf(power) + eps)")],
+)
+fault(
+    "kernel-eps-dropped", RMSNORM, POWER, "const float power = sum / C;", ZERO_ROWS,
+    also=[(POWER_OF_SCALED, "add) / C);")],
+)
+fault("kernel-eps-not-scaled", RMSNORM, POWER_OF_SCALED, "add) / C + eps);", SCALES)
+fault("kernel-eps-1e-5", RMSNORM, POWER, "const float power = sum / C + 1e-5f;", SCALES)
+fault("rmsnorm-squares-flushed", RMSNORM, "power >= 0x1p-96f", "power >= 0.0f", SCALES)
+fault("rmsnorm-squares-overflow", RMSNORM, " && sum < -MINUS_INFINITY)", ")", SCALES)
 fault("kernel-gain-plus-one", RMSNORM, "* to_float(weight[c])", "* (1.0f + to_float(weight[c]))", "ops::rmsnorm")
 fault(
-    "kernel-rounded-before-gain", RMSNORM, "store(out + c, to_float(x[c]) * scale * to_float(weight[c]));",
-    "{ OUT_TYPE r; store(&r, to_float(x[c]) * scale); store(out + c, to_float(r) * to_float(weight[c])); }",
-    "ops::rmsnorm_types",
+    "kernel-gain-plus-one-wide", RMSNORM, "* scale.after * gain[e];", "* scale.after * (1.0f + gain[e]);",
+    "ops::rmsnorm",
 )
-fault("rmsnorm-bf16-sum", RMSNORM, "sum = fmaf(a, a, sum);", f"sum = {bf16('fmaf(a, a, sum)')};", "ops::rmsnorm")
+fault(
+    "kernel-rounded-before-gain", RMSNORM, NORMALISED,
+    "{ OUT_TYPE r; store(&r, a[e] * scale.before * scale.after); a[e] = to_float(r) * gain[e]; }", "ops::rmsnorm_types",
+)
+fault(
+    "kernel-rounded-before-gain-anywhere", RMSNORM,
+    "store(out + c, value(c) * scale.before * scale.after * to_float(weight[c]));",
+    "{ OUT_TYPE r; store(&r, value(c) * scale.before * scale.after); "
+    "store(out + c, to_float(r) * to_float(weight[c])); }",
+    "ops::rmsnorm_adds_to_the_residual",
+)
+fault("rmsnorm-bf16-sum", RMSNORM, "sum = fmaf(v, v, sum);", f"sum = {bf16('fmaf(v, v, sum)')};", "ops::rmsnorm")
+fault(
+    "rmsnorm-residual-not-kept", RMSNORM, "if (ADD) store8(residual + place(i), a);", "",
+    "ops::rmsnorm_adds_to_the_residual",
+)
+fault(
+    "rmsnorm-half-the-lanes", RMSNORM, "for (int offset = 16; offset; offset >>= 1)",
+    "for (int offset = 8; offset; offset >>= 1)", "ops::rmsnorm",
+)
+fault("rmsnorm-last-warp", RMSNORM, "lane < count / 32 ?", "lane < count / 32 - 1 ?", "ops::rmsnorm")
+fault("rmsnorm-barrier", RMSNORM, "= x;\n        __syncthreads();", "= x;", "ops::rmsnorm")
 fault(
     "store-truncates-bf16", COMMON, "__float2bfloat16_rn(x);",
     "__float2bfloat16_rn(__uint_as_float(__float_as_uint(x) & 0xffff0000u));", "ops::rmsnorm_types",
@@ -104,21 +134,31 @@ fault(
 )
 fault(
     "warp-sum-half-a-warp", COMMON, "int offset = 16; offset; offset >>= 1) x +=",
-    "int offset = 8; offset; offset >>= 1) x +=", "ops::rmsnorm",
+    "int offset = 8; offset; offset >>= 1) x +=", "ops::matmul",
 )
-fault("block-sum-last-warp", COMMON, "lane < warps ?", "lane < warps - 1 ?", "ops::rmsnorm")
-fault("block-sum-barrier", COMMON, "scratch[warp] = x;\n    __syncthreads();", "scratch[warp] = x;", "ops::rmsnorm")
 
-fault("dot-bf16-sum", DOT, "sum = fmaf(a[i], b[i], sum);", f"sum = {bf16('fmaf(a[i], b[i], sum)')};", "ops::matmul")
-fault("dot-last-chunk", DOT, "c < C; c += 256", "c < C / 256 * 256; c += 256", "ops::matmul")
+SHARED_SUMS = "ops::many_warps_share_a_product"
+fault(
+    "dot-bf16-sum", DOT, "sums[r][t] = fmaf(a[i], b[r][i], sums[r][t]);",
+    f"sums[r][t] = {bf16('fmaf(a[i], b[r][i], sums[r][t])')};", "ops::matmul",
+)
+fault("dot-last-chunk", DOT, "if (c < C) multiply(", "if (c < C / 256 * 256) multiply(", "ops::matmul")
 fault("dot-tail", DOT, "c < C; c += 32", "c < C / 32 * 32; c += 32", "ops::matmul")
-fault("dot-parts-overlap", DOT, "int c = 8 * lane + 256 * part;", "int c = 8 * lane;", "ops::matmul")
+fault("dot-parts-overlap", DOT, "(threadIdx.x % 32) + 256 * part;", "(threadIdx.x % 32);", SHARED_SUMS)
+fault("dot-last-part", DOT, "p < parts; p++", "p < parts - 1; p++", SHARED_SUMS)
+fault(
+    "dot-parts-barrier", DOT, "shares[warp][lane] = total;\n    __syncthreads();", "shares[warp][lane] = total;",
+    SHARED_SUMS,
+)
 fault("tile-tail", DOT, "c0 < C; c0 += DEPTH", "c0 + DEPTH <= C; c0 += DEPTH", "ops::matmul")
 fault(
     "tile-bf16-sum", DOT, "acc[i][j] = fmaf(a[i], b[j], acc[i][j]);",
     f"acc[i][j] = {bf16('fmaf(a[i], b[j], acc[i][j])')};", "ops::matmul",
 )
-fault("tile-bf16-activations", DOT, "x[(size_t)row * C + c] :", f"{bf16('x[(size_t)row * C + c]')} :", "ops::matmul")
+fault(
+    "tile-bf16-activations", DOT, "to_float(x[(size_t)row * C + c]) :", f"{bf16('to_float(x[(size_t)row * C + c])')} :",
+    "ops::matmul",
+)
 fault("tile-barrier-before-use", DOT, "        __syncthreads();\n#pragma unroll 8", "#pragma unroll 8", "ops::matmul")
 fault(
     "tile-barrier-after-use", DOT, "        }\n        __syncthreads();\n    }\n}", "        }\n    }\n}",
@@ -130,11 +170,9 @@ fault(
 )
 
 MATMUL, RESIDUAL = "kernels/matmul.cu", "ops::matmul_residual_in_place"
-fault("matmul-residual-dropped", MATMUL, "residual ? sum + residual[at] : sum;", "sum;", RESIDUAL)
+fault("matmul-residual-dropped", MATMUL, "residual ? sum + before : sum;", "sum;", RESIDUAL)
 fault("matmul-residual-twice", MATMUL, "? acc[i][j] + residual[at]", "? acc[i][j] + 2.0f * residual[at]", RESIDUAL)
-fault("matmul-last-part", MATMUL, "part < parts; part++", "part < parts - 1; part++", "ops::matmul")
-fault("matmul-barrier", MATMUL, "    __syncthreads();\n    const int mine", "    const int mine", "ops::matmul")
-fault("matmul-one-output-too-many", MATMUL, "|| mine >= N)", "|| mine > N)", "ops::matmul")
+fault("matmul-one-output-too-many", MATMUL, "&& t < T && n < N;", "&& t < T && n <= N;", "ops::matmul")
 fault("matmul-tile-edge", MATMUL, "if (t >= T || n >= N)", "if (t >= T)", "ops::matmul")
 fault(
     "matmul-alignment-unchecked", MATMUL, "C % 8 == 0 && ((size_t)x | (size_t)weight) % 16 == 0", "C % 8 == 0",
@@ -144,48 +182,80 @@ fault(
 # --- kernels: projections, rotation, per-head norm -----------------------------------------------------------------
 
 QKV, QKV_TEST, ORDER = "kernels/qkv_rope.cu", "ops::qkv_rope", "ops::the_two_steps_equal_the_published_order"
-ROW_GAIN = "    if (head.gain) low *= head.gain[d], high *= head.gain[d + D / 2];\n"
+ROW_GAIN = "    if (head.gain) low *= gain[0], high *= gain[1];\n"
+ROW_ROTATE = "    if (head.rotated) rotate(low, high, c, s);\n"
+ROW_SQUARES = "    if (head.rotated && first_part) squares[pair + i][t] = mine ? fmaf(low, low, high * high) : 0.0f;\n"
 TILE_GAIN = "                if (head.gain) acc[i][j] *= head.gain[d], acc[i][j + 2] *= head.gain[d + D / 2];\n"
-TILE_ROTATE = "                rotate(acc[i][j], acc[i][j + 2], d, positions[t], cos, sin, P);\n"
+TILE_ROTATE = (
+    "                float c, s;\n                find_angle(c, s, d, positions[t], cos, sin, P);\n"
+    "                rotate(acc[i][j], acc[i][j + 2], c, s);\n"
+)
+MANY_GAIN = "                        low[e] *= gain[0][e], high[e] *= gain[1][e];\n"
+MANY_ROTATE = "                        rotate(low[e], high[e], c[i][e], s[i][e]);\n"
+MANY_HEADS = "ops::qkv_rope_of_many_rows[emulated-few-17-1-1-128-40-False-True-bfloat16]"
 IN_CACHE = "ops::qkv_rope_writes_rows_of_a_cache"
-SQUARES = "block_sum(d < D ? a[d] * a[d] : 0.0f, scratch)"
-GAINED_SQUARES = "block_sum(d < D ? a[d] * a[d] * (head.gain ? head.gain[d] * head.gain[d] : 1.0f) : 0.0f, scratch)"
 
 fault(
     "kernel-alignment-unchecked", QKV, "C % 8 == 0 && ((size_t)x | (size_t)head.proj) % 16 == 0", "C % 8 == 0",
     "ops::arrays_that_start_anywhere",
 )
 fault(
-    "kernel-rotation-sign", QKV, "low = a * c - b * s;", "low = a * c + b * s;", QKV_TEST,
-    also=[("high = b * c + a * s;", "high = b * c - a * s;")],
+    "kernel-rotation-sign", QKV, "low = fmaf(a, c, -(b * s));", "low = fmaf(a, c, b * s);", QKV_TEST,
+    also=[("high = fmaf(b, c, a * s);", "high = fmaf(b, c, -(a * s));")],
 )
 fault(
-    "kernel-pairs-interleaved", QKV, "float low = a[d], high = a[d + D / 2];",
-    "float low = a[2 * d], high = a[2 * d + 1];", QKV_TEST,
+    "kernel-pairs-interleaved", QKV, "(row + min(first + j, D / 2 - 1)) * C",
+    "(row + 2 * min(first + j, D / 2 - 1)) * C", QKV_TEST,
     also=[
-        (ROW_GAIN, "    if (head.gain) low *= head.gain[2 * d], high *= head.gain[2 * d + 1];\n"),
+        ("rows[PAIRS + j] = rows[j] + (size_t)(D / 2) * C;", "rows[PAIRS + j] = rows[j] + C;"),
+        ("bias[0] = head.bias[row + d], bias[1] = head.bias[row + d + D / 2]",
+         "bias[0] = head.bias[row + 2 * d], bias[1] = head.bias[row + 2 * d + 1]"),
+        ("gain[0] = head.gain[d], gain[1] = head.gain[d + D / 2]",
+         "gain[0] = head.gain[2 * d], gain[1] = head.gain[2 * d + 1]"),
         ("STORE(t, d, low);", "STORE(t, 2 * d, low);"),
         ("STORE(t, d + D / 2, high);", "STORE(t, 2 * d + 1, high);"),
     ],
 )
-fault(
-    "kernel-gain-after-rope", QKV, ROW_GAIN, "", QKV_TEST, ORDER,
-    also=[("    STORE(t, d, low);\n", ROW_GAIN + "    STORE(t, d, low);\n")],
-)
-fault("kernel-gain-after-rope-tile", QKV, TILE_GAIN + TILE_ROTATE, TILE_ROTATE + TILE_GAIN, QKV_TEST, ORDER)
+fault("kernel-gain-after-rope", QKV, ROW_GAIN + ROW_ROTATE, ROW_ROTATE + ROW_GAIN, QKV_TEST, ORDER)
+fault("kernel-gain-after-rope-tile", QKV, TILE_GAIN + TILE_ROTATE, TILE_ROTATE + TILE_GAIN, QKV_TEST)
+fault("kernel-gain-after-rope-tensor-cores", QKV, MANY_GAIN + MANY_ROTATE, MANY_ROTATE + MANY_GAIN, MANY_HEADS)
 fault("kernel-k-gain-dropped", QKV, "k_bias, k_norm, k_rows", "k_bias, nullptr, k_rows", QKV_TEST)
-fault("kernel-mean-square-of-gained", QKV, SQUARES, GAINED_SQUARES, QKV_TEST, ORDER)
+fault("kernel-mean-square-of-gained", QKV, ROW_SQUARES + ROW_GAIN, ROW_GAIN + ROW_SQUARES, QKV_TEST, ORDER)
 fault(
     "kernel-mean-square-barrier", QKV, "        __syncthreads();\n        for (int row", "        for (int row",
     QKV_TEST,
 )
-fault("kernel-head-barrier", QKV, "    }\n    __syncthreads();\n    const int d", "    }\n    const int d", QKV_TEST)
-fault("kernel-position-of-the-call", QKV, "rotate(low, high, d, positions[t],", "rotate(low, high, d, t,", QKV_TEST)
 fault(
-    "kernel-position-plus-one", QKV, "acc[i][j + 2], d, positions[t],", "acc[i][j + 2], d, positions[t] + 1,", QKV_TEST,
+    "kernel-head-barrier", QKV, "    __syncthreads();\n    if (warp >= T) return;", "    if (warp >= T) return;",
+    QKV_TEST,
+)
+fault(
+    "kernel-position-of-the-call", QKV, "(mine && head.rotated) find_angle(c, s, d, positions[t],",
+    "(mine && head.rotated) find_angle(c, s, d, t,", QKV_TEST,
+)
+fault(
+    "kernel-position-plus-one", QKV, "                find_angle(c, s, d, positions[t],",
+    "                find_angle(c, s, d, positions[t] + 1,", QKV_TEST,
+)
+fault(
+    "kernel-position-of-the-tile", QKV, "head.rotated ? positions[t] : 0", "head.rotated ? positions[t - row0] : 0",
+    "ops::qkv_rope_of_many_rows[emulated-few-65-2-1-128-72-False-True-bfloat16]",
 )
 fault("kernel-bias-of-k-for-v", QKV, "{v_proj, v_bias,", "{v_proj, k_bias,", QKV_TEST)
 fault("kernel-k-rounded-before-norm", QKV, "store(k + at, (value));", f"store(k + at, {bf16('value')});", QKV_TEST)
+fault(
+    "kernel-row-beyond-the-cache-tensor-cores", QKV,
+    "            if (head.rows && target[half] >= S) target[half] = -1;\n", "", "ops::rows_beyond_the_cache",
+)
+fault(
+    "kernel-half-a-head-twice", QKV, "rows.second = rows.first + (size_t)(D / 2) * C;", "rows.second = rows.first;",
+    MANY_HEADS,
+)
+fault("kernel-places-left-taken", QKV, "        places[node / 2] = 0;\n", "", "ops::counters_are_left_zero")
+fault(
+    "kernel-half-a-mean-square", QKV, "sum += __uint_as_float(other ^ 0x80000000u);",
+    "sum = __uint_as_float(other ^ 0x80000000u);", "ops::counters_are_left_zero",
+)
 fault(
     "kernel-row-beyond-the-cache", QKV, "(row < 0 || row >= S)) break;", "row < 0) break;",
     "ops::rows_beyond_the_cache",
@@ -204,7 +274,7 @@ fault("head-one-too-many", QK_NORM, "is_q = h < H;", "is_q = h <= H;", MODEL_KER
 fault("head-row-beyond-the-cache", QK_NORM, "(row < 0 || row >= S)", "row < 0", "ops::rows_beyond_the_cache")
 fault("head-k-in-the-wrong-row", QK_NORM, "rows ? rows[t] : t;", "t;", MODEL_KERNELS)
 
-# --- kernels: attention, activation, argmax, embedding, launches ---------------------------------------------------
+# --- kernels: attention, activation, argmax, embedding --------------------------------------------------------------
 
 ATTENTION, SCORES, ATTENTION_TEST = "kernels/attention.cu", "ops::attention_extreme_scores", "ops::attention"
 fault("attention-sees-the-future", ATTENTION, "seen = j <= last;", "seen = j <= last + 1;", ATTENTION_TEST)
@@ -238,14 +308,157 @@ fault("attention-bf16-weights", ATTENTION, "p * own[i]", f"{bf16('p')} * own[i]"
 fault("attention-barrier", ATTENTION, "    __syncthreads();\n", "", ATTENTION_TEST)
 
 SILU, ARGMAX, TIES = "kernels/silu_mul.cu", "kernels/argmax.cu", "ops::argmax_ties_infinities_and_nan"
-fault("silu-without-up", SILU, " * up[i];", ";", "ops::silu_mul")
+fault("silu-without-up", SILU, " * up[i]);", ");", "ops::silu_mul")
 fault("silu-without-gate", SILU, "g / (1.0f + expf(-g))", "1.0f / (1.0f + expf(-g))", "ops::silu_mul")
 fault("silu-one-element-too-many", SILU, "if (i >= n)", "if (i > n)", "emulator::all_operations_under_the_sanitizers")
-fault("argmax-last-of-equals", ARGMAX, "a.index < b.index", "a.index > b.index", TIES)
-fault("argmax-nan-lost", ARGMAX, "(a_nan || (!b_nan && a.value > b.value))", "a.value > b.value", TIES)
+fault(
+    "argmax-last-of-equals", ARGMAX, "(0xffffffffu - index)", "(unsigned)index", TIES,
+    also=[("0xffffffffu - (unsigned)best;", "(unsigned)best;")],
+)
+fault("argmax-nan-lost", ARGMAX, "value != value ? 0xffffffffu :", "value != value ? 0u :", TIES)
+fault("argmax-zeros-differ", ARGMAX, "__float_as_uint(value + 0.0f)", "__float_as_uint(value)", TIES)
+fault("argmax-last-block", ARGMAX, "i < blocks; i += 32", "i < blocks - 1; i += 32", "ops::argmax_finds_it_anywhere")
 fault("argmax-barrier", ARGMAX, "    __syncthreads();\n", "", "ops::argmax")
 fault("embed-off-by-one", "kernels/embed.cu", "(size_t)id * C", "(size_t)(id ? id - 1 : 0) * C", "ops::embed")
 fault("embed-one-id-too-many", "kernels/embed.cu", "id < V;", "id <= V;", "ops::embed_of_an_unknown_id")
+
+# --- kernels: tensor cores -----------------------------------------------------------------------------------------
+
+MMA, SWIGLU = "kernels/mma.cuh", "kernels/swiglu.cu"
+BITS = "ops::float32_rows_keep_all_their_bits[emulated-few-1.0-5]"
+MANY, MANY_F32 = (f"ops::products_of_many_rows[emulated-few-17-40-136-{name}]" for name in ("bfloat16", "float32"))
+fault("mma-last-part-lost", MMA, "int part = 0; part < 3; part++", "int part = 1; part < 3; part++", BITS)
+fault("mma-run-added-twice", MMA, "if (kk % 2 == 0) clear(run);", "if (kk == 0) clear(run);", MANY_F32)
+fault(
+    "mma-stage-not-there", MMA, "                    cp_async_wait<STAGES - 2>();",
+    "                    cp_async_wait<STAGES - 1>();", MANY,
+)
+fault("mma-copies-under-way-at-the-end", MMA, "        cp_async_wait<0>();", "        cp_async_wait<1>();", MANY)
+fault("mma-runs-side-by-side", MMA, "j % (NJ / 2) * 8 + j / (NJ / 2) * PAIR", "j * 8", MANY)
+fault("mma-group-of-tiles-too-high", MMA, "height = min(GROUP, down - first)", "height = GROUP", MANY)
+fault("mma-rows-beyond-the-weights", MMA, "const bool there = row + i * STEP < rows;", "const bool there = true;", MANY)
+fault("mma-barrier", MMA, "                    __syncthreads();\n", "", MANY)
+fault(
+    "matmul-tile-residual-dropped", MATMUL, "if (residual && aligned && t < T", "if (residual && aligned && t < 0",
+    MANY,
+)
+fault("swiglu-gate-for-up-tile", SWIGLU, "const float4*>(gate + Tile::BN / 2)", "const float4*>(gate)", MANY)
+fault(
+    "swiglu-gate-for-up", SWIGLU, "rows[COLUMNS + i] = up_proj + row", "rows[COLUMNS + i] = gate_proj + row",
+    "ops::swiglu[emulated-bfloat16-1-64-64]",
+)
+
+# --- kernels: choosing a token -------------------------------------------------------------------------------------
+
+SAMPLE, EQUALS = "kernels/sample.cu", "sample::sample_of_equals"
+PENALTIES = "sample::sample_with_penalties"
+fault("sample-prompt-counts-as-answer", SAMPLE, "(double)(uses - 1)", "(double)uses", PENALTIES)
+fault("sample-first-use-not-counted", SAMPLE, "history[token] + 1 : 2", "history[token] + 1 : 1", PENALTIES)
+fault("sample-top-p-boundary", SAMPLE, "sums[j] <= allowance", "sums[j] < allowance", EQUALS)
+fault("sample-one-of-equals-too-many", SAMPLE, "id > bound.id", "id >= bound.id", EQUALS)
+fault("sample-same-number-again", SAMPLE, "*step = now + 1", "*step = now", EQUALS)
+fault(
+    "sample-min-p-strict", SAMPLE, "in && weight >= job.set.min_p", "in && weight > job.set.min_p",
+    "sample::sample[emulated-{'temperature': 1.0, 'min_p': 1.0}-equals]",
+)
+fault(
+    "sample-scan-without-the-warps-before", SAMPLE, "(warp ? base : 0) + ", "",
+    "sample::sample_sizes",
+)
+
+# --- kernels: a token in one launch --------------------------------------------------------------------------------
+
+STEP, STEP_ATTENTION = "kernels/decode_step.cu", "kernels/decode_attention.cuh"
+TWO_HEADS, BIASES, SEGMENTS, ROUNDED = (
+    f"decode_step::decode_step[emulated-{case}]"
+    for case in (
+        "two_heads_a_key_head-float32", "untied_no_gain_biases-float32", "four_heads_together_ragged_segments-float32",
+        "two_heads_a_key_head-bfloat16",
+    )
+)
+GIVES_UP = "decode_step::decode_step_gives_up_when_words_never_come"
+SHARES = "decode_step::decode_step_shares_out_the_keys[emulated-2-300]"
+fault(
+    "step-attention-residual-dropped", STEP, "AFTER_O + mine, before + sum_warps", "AFTER_O + mine, sum_warps",
+    TWO_HEADS,
+)
+fault(
+    "step-mlp-residual-dropped", STEP, "AFTER_DOWN + mine, before + sum_warps", "AFTER_DOWN + mine, sum_warps",
+    TWO_HEADS,
+)
+fault(
+    "step-waits-for-the-wrong-layer", STEP, "words + AFTER_DOWN, tag - 1, l ?", "words + AFTER_DOWN, tag, l ?",
+    TWO_HEADS,
+)
+fault(
+    "step-gate-and-up-swapped", STEP, "gate = sum_warps(pair) * scale, up = sum_warps(pair + ROWS * PITCH)",
+    "up = sum_warps(pair) * scale, gate = sum_warps(pair + ROWS * PITCH)", TWO_HEADS,
+)
+fault("step-bias-of-v-for-k", STEP, "r < HD + K * D ? K_BIAS : V_BIAS", "r < HD + K * D ? V_BIAS : K_BIAS", BIASES)
+fault(
+    "step-one-norm-for-both", STEP, "array<float>(table, l, POST_NORM)", "array<float>(table, l, INPUT_NORM)",
+    TWO_HEADS,
+)
+fault(
+    "step-last-part-lost", STEP, "for (int p = 0; p < 3; p++) {\n        const bf16 a",
+    "for (int p = 0; p < 2; p++) {\n        const bf16 a", TWO_HEADS,
+    also=[("unsigned parts[3];\n            split", "unsigned parts[3] = {};\n            split")],
+)
+fault("step-slice-misread", STEP, "(n + j + step) % 4", "(n + step) % 4", TWO_HEADS)
+fault("step-halves-not-swapped", STEP, "g < 4 ? b[0] : b[1], g < 4 ? b[1] : b[0]", "b[0], b[1]", TWO_HEADS)
+fault("step-ring-never-turns-over", STEP, "slot = 0, parity ^= 1;", "slot = 0;", SEGMENTS)
+fault("step-waits-for-a-later-frame", STEP, "parity ^ unsigned(wrapped)", "parity", TWO_HEADS)
+fault(
+    "step-last-of-equals", STEP, "32 | ~(unsigned)id;", "32 | (unsigned)id;",
+    "decode_step::decode_step_without_a_choice[emulated-None]",
+    also=[("int(~(unsigned)best)", "int((unsigned)best)")],
+)
+fault(
+    "step-ids-beyond-the-tokenizer", STEP, "if (r < n_ids)", "if (r < V)",
+    "decode_step::decode_step_without_a_choice[emulated-None]",
+)
+fault(
+    "step-nan-chosen-as-a-token", STEP, "key >= RANK_OF_INFINITY || ", "",
+    "decode_step::decode_step_without_a_choice[emulated-nan]",
+)
+fault("step-loss-not-told", STEP, "    if (lost) ids[1] = 1;\n", "", GIVES_UP)
+fault("step-loss-forgotten", STEP, "lost ? 0 : turn + 1;", "turn + 1;", GIVES_UP)
+fault(
+    "step-of-a-token-that-is-none", STEP, "shared.known = known;", "shared.known = 1;",
+    "decode_step::decode_step_of_what_does_not_exist",
+)
+fault("step-position-not-advanced", STEP, "*position = p + 1;", "*position = p;", TWO_HEADS)
+fault("step-epoch-not-counted", STEP, "lost ? 0 : turn + 1;", "lost ? 0 : turn;", TWO_HEADS)
+fault("step-newest-key-dropped", STEP_ATTENTION, "if (newest && warp == WARPS - 1)", "if (false)", TWO_HEADS)
+fault("step-newest-key-not-rounded", STEP_ATTENTION, "            a = to_float(narrow);\n", "", ROUNDED)
+fault("step-head-gain-dropped", STEP_ATTENTION, ", x[e / 2][e % 2] *= g[e];", ";", TWO_HEADS)
+fault(
+    "step-rotation-sign", STEP_ATTENTION, "a * c - other * s : a * c + other * s",
+    "a * c + other * s : a * c - other * s", TWO_HEADS,
+)
+fault(
+    "step-key-in-the-wrong-row", STEP_ATTENTION, "(size_t)p * stride + kv * D", "(size_t)(p + 1) * stride + kv * D",
+    TWO_HEADS,
+)
+fault(
+    "step-some-keys-in-no-share", STEP_ATTENTION, "(cached + (1 << shift) - 1) >> shift", "cached >> shift",
+    "decode_step::decode_step_shares_out_the_keys[emulated-2-257]",
+)
+fault(
+    "step-keys-behind-the-share", STEP_ATTENTION, "if (j0 + u * KEYS + group >= last) score[h][u] = MINUS_INFINITY;",
+    "", SHARES,
+)
+fault("step-acc-not-rescaled", STEP_ATTENTION, "    head.weight *= shrink;\n", "", SHARES)
+fault(
+    "step-warps-not-rescaled", STEP_ATTENTION, "fmaf(shared.weight[h][w], factor, weight)",
+    "weight + shared.weight[h][w]", SHARES,
+)
+fault(
+    "step-shares-not-rescaled", STEP_ATTENTION, "float weight = state[0][1] * factor;", "float weight = state[0][1];",
+    SHARES,
+)
+
+# --- kernels: launches ---------------------------------------------------------------------------------------------
 
 CUDA = "cuqwen/cuda.py"
 fault("launch-scale", CUDA, "np.float32(dim**-0.5)", "np.float32(1 / dim)", ATTENTION_TEST)
@@ -281,11 +494,11 @@ fault(
     "ops::rope_table_is_rounded_once_near_and_far",
 )
 fault(
-    "reference-eps-outside-root", REFERENCE, "np.sqrt(mean_square + dtype(eps))", "(np.sqrt(mean_square) + dtype(eps))",
-    SCALES,
+    "reference-eps-outside-root", REFERENCE, "np.sqrt(mean_square + float(dtype(eps)))",
+    "(np.sqrt(mean_square) + float(dtype(eps)))", SCALES,
 )
-fault("reference-eps-dropped", REFERENCE, "np.sqrt(mean_square + dtype(eps))", "np.sqrt(mean_square)", ZERO_ROWS)
-fault("reference-eps-1e-5", REFERENCE, "mean_square + dtype(eps)", "mean_square + dtype(1e-5)", TRUTH)
+fault("reference-eps-dropped", REFERENCE, "mean_square + float(dtype(eps))", "mean_square", ZERO_ROWS)
+fault("reference-eps-1e-5", REFERENCE, "mean_square + float(dtype(eps))", "mean_square + 1e-5", TRUTH)
 fault(
     "reference-head-eps", REFERENCE, "np.sqrt(ms + dtype(eps))[..., None]", "(np.sqrt(ms) + dtype(eps))[..., None]",
     "ops::qk_norm",
@@ -357,7 +570,6 @@ MODEL, CACHE = "cuqwen/model.py", "cuqwen/cache.py"
 PIECES, TRUTH_F32 = "model::a_prompt_fed_whole_equals_the_prompt_fed_in_pieces", (
     "transformers::float32_errs_at_most_four_times_as_much_as_transformers[demo]"
 )
-GATE_UP = "ops.matmul(h, layer.gate_proj), ops.matmul(h, layer.up_proj)"
 fault("model-attention-residual-dropped", MODEL, "layer.o_proj, residual=x, out=x)", "layer.o_proj, out=x)", TRUTH)
 fault(
     "model-mlp-residual-twice", MODEL, "layer.down_proj, residual=x, out=x)", "layer.down_proj, residual=x + x, out=x)",
@@ -369,7 +581,8 @@ fault(
 )
 fault("model-one-norm-for-both", MODEL, "layer.post_attention_layernorm, eps", "layer.input_layernorm, eps", TRUTH)
 fault(
-    "model-gate-and-up-swapped", MODEL, GATE_UP, "ops.matmul(h, layer.up_proj), ops.matmul(h, layer.gate_proj)", TRUTH,
+    "model-gate-and-up-swapped", MODEL, "(h, layer.gate_proj, layer.up_proj)", "(h, layer.up_proj, layer.gate_proj)",
+    TRUTH,
 )
 fault(
     "model-final-norm-dropped", MODEL, "ops.rmsnorm(x[len(ids) - rows :], weights.norm, eps)", "x[len(ids) - rows :]",
@@ -406,6 +619,18 @@ fault(
 fault("decoder-length-not-advanced", DECODE, "        self.cache.length += 1\n", "", RECORDED)
 fault("decoder-table-freed", DECODE, "self.model.cos", "None", RECORDED)
 fault(
+    "decoder-position-never-sent", DECODE, "        if self.one_launch:\n            self.next", "        self.next",
+    RECORDED,
+)
+fault(
+    "decoder-position-never-sent-again", DECODE, "if self.cache.length != self.next_position:",
+    "if self.next_position < 0:", "decode_step::decoder_continues_what_it_has_not_written",
+)
+fault(
+    "decoder-choice-not-recorded", DECODE, "if self.choice is not None and not (", "if False and not (",
+    "sample::an_answer_is_the_same_on_both_sides",
+)
+fault(
     "cache-keys-are-values", CACHE, "self.keys, self.values = empty(shape, dtype), empty(shape, dtype)",
     "self.keys = self.values = empty(shape, dtype)", TRUTH,
 )
@@ -440,12 +665,21 @@ fault(
     "api::a_character_that_stays_incomplete_is_shown_at_the_end",
 )
 fault(
-    "greedy-ids-beyond-the-tokenizer", GENERATE, "logits[0, :n_ids]", "logits[0]",
+    "choice-beyond-the-tokenizer", DECODE, "sample(logits[0, : self.n_ids],", "sample(logits[0],",
     "api::ids_without_a_token_are_never_drawn",
 )
 fault(
-    "nan-chosen-as-a-token", GENERATE, "sampling.is_argmax and not first", "sampling.is_argmax",
-    "api::broken_weights_do_not_generate",
+    "no-choice-taken-for-a-token", DECODE, "if token < 0:", "if False:",
+    "sample::broken_weights_are_refused_on_the_device_too",
+)
+fault(
+    "nan-chosen-as-a-token", DECODE, "if not np.isfinite(float(row[int(ids[0])])):", "if False:",
+    "sample::broken_weights_are_refused_on_the_device_too",
+)
+fault("loss-of-a-block-not-told", DECODE, "if lost:", "if False:", GIVES_UP)
+fault(
+    "token-of-the-step-ahead", GENERATE, "logits, read, read_this = decoder", "logits, read_this, read = decoder",
+    "sample::an_answer_is_the_same_on_both_sides",
 )
 fault(
     "prompt-chunk-drops-a-token", GENERATE, "ids[first : first + PROMPT_CHUNK]",
@@ -553,7 +787,7 @@ fault(
     "config::generation_config",
 )
 fault(
-    "views-accepted", OPS, "if backend is cuda and not array.flags.c_contiguous:", "if False:",
+    "views-accepted", OPS, "if self.backend is cuda and not array.flags.c_contiguous:", "if False:",
     "ops::refusals_that_only_kernels_make",
 )
 fault("heads-unchecked", OPS, "heads == 0 or heads % kv_heads:", "heads == 0:", "ops::refusals")
