@@ -85,7 +85,9 @@ def test_decode_step(start, tmp_path, name, kv):
         logits = host(step.logits)[0]
         floor = 4e-7 if kv is F32 else 2e-3  # both are right to some roundings: of sums, of k and v
         assert error(logits, truth[at]) <= 2 * error(wanted, truth[at]) + floor
-        assert error(logits, wanted) < 1e-3  # the newest k and v are read as they are stored: one not rounded to bf16 shows
+        assert (
+            error(logits, wanted) < 1e-3
+        )  # the newest k and v are read as they are stored: one not rounded to bf16 shows
         assert host(step.ids)[0] == np.argmax(logits) and host(step.position)[0] == at + 1
     for mine, theirs in ((cache.keys, by_operations.keys), (cache.values, by_operations.values)):
         mine, theirs = (host(array).astype(np.float64) for array in (mine, theirs))

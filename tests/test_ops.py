@@ -214,9 +214,9 @@ def test_matmul(side, rng, T, N, C, dtype):
     assert_close(*check_matmul(side, random(rng, (T, C)), random(rng, (N, C), dtype)))
 
 
-@pytest.mark.parametrize("T", [0, 1, 9])
-def test_matmul_residual_in_place(side, rng, T):
-    x, weight, residual = random(rng, (T, 96)), random(rng, (40, 96), BF16), random(rng, (T, 40))
+@pytest.mark.parametrize("T,dtype", [(0, BF16), (1, BF16), (9, BF16), (9, F16)])
+def test_matmul_residual_in_place(side, rng, T, dtype):
+    x, weight, residual = random(rng, (T, 96)), random(rng, (40, 96), dtype), random(rng, (T, 40))
     stream = side.put(residual.copy())
     got, truth, bound = check_matmul(side, x, weight, residual=stream, out=stream)
     truth = truth + residual

@@ -77,6 +77,7 @@ def bf16(value: str) -> str:
 # --- kernels: statistics, sums, stores -----------------------------------------------------------------------------
 
 RMSNORM, COMMON, DOT = "kernels/rmsnorm.cu", "kernels/common.cuh", "kernels/dot.cuh"
+SANITIZED = "emulator::all_operations_under_the_sanitizers"
 SCALES, ZERO_ROWS = "ops::rmsnorm_extreme_scales_and_gains", "ops::rmsnorm_constant_and_zero_rows"
 POWER, POWER_OF_SCALED = "const float power = sum / C + eps;", "add) / C + eps * s * s);"
 NORMALISED = "a[e] = a[e] * scale.before * scale.after * gain[e];"
@@ -166,7 +167,7 @@ fault(
 )
 fault(
     "tile-reads-past-the-last-row", DOT, "row < T && c < C ?", "c < C ?",
-    "emulator::all_operations_under_the_sanitizers",
+    SANITIZED,
 )
 
 MATMUL, RESIDUAL = "kernels/matmul.cu", "ops::matmul_residual_in_place"
@@ -176,7 +177,7 @@ fault("matmul-one-output-too-many", MATMUL, "&& t < T && n < N;", "&& t < T && n
 fault("matmul-tile-edge", MATMUL, "if (t >= T || n >= N)", "if (t >= T)", "ops::matmul")
 fault(
     "matmul-alignment-unchecked", MATMUL, "C % 8 == 0 && ((size_t)x | (size_t)weight) % 16 == 0", "C % 8 == 0",
-    "ops::arrays_that_start_anywhere",
+    SANITIZED,
 )
 
 # --- kernels: projections, rotation, per-head norm -----------------------------------------------------------------
@@ -197,7 +198,7 @@ IN_CACHE = "ops::qkv_rope_writes_rows_of_a_cache"
 
 fault(
     "kernel-alignment-unchecked", QKV, "C % 8 == 0 && ((size_t)x | (size_t)head.proj) % 16 == 0", "C % 8 == 0",
-    "ops::arrays_that_start_anywhere",
+    SANITIZED,
 )
 fault(
     "kernel-rotation-sign", QKV, "low = fmaf(a, c, -(b * s));", "low = fmaf(a, c, b * s);", QKV_TEST,
@@ -310,7 +311,7 @@ fault("attention-barrier", ATTENTION, "    __syncthreads();\n", "", ATTENTION_TE
 SILU, ARGMAX, TIES = "kernels/silu_mul.cu", "kernels/argmax.cu", "ops::argmax_ties_infinities_and_nan"
 fault("silu-without-up", SILU, " * up[i]);", ");", "ops::silu_mul")
 fault("silu-without-gate", SILU, "g / (1.0f + expf(-g))", "1.0f / (1.0f + expf(-g))", "ops::silu_mul")
-fault("silu-one-element-too-many", SILU, "if (i >= n)", "if (i > n)", "emulator::all_operations_under_the_sanitizers")
+fault("silu-one-element-too-many", SILU, "if (i >= n)", "if (i > n)", SANITIZED)
 fault(
     "argmax-last-of-equals", ARGMAX, "(0xffffffffu - index)", "(unsigned)index", TIES,
     also=[("0xffffffffu - (unsigned)best;", "(unsigned)best;")],
