@@ -165,10 +165,7 @@ fault(
     "tile-barrier-after-use", DOT, "        }\n        __syncthreads();\n    }\n}", "        }\n    }\n}",
     "ops::matmul",
 )
-fault(
-    "tile-reads-past-the-last-row", DOT, "row < T && c < C ?", "c < C ?",
-    SANITIZED,
-)
+fault("tile-reads-past-the-last-row", DOT, "row < T && c < C ?", "c < C ?", SANITIZED)
 
 MATMUL, RESIDUAL = "kernels/matmul.cu", "ops::matmul_residual_in_place"
 fault("matmul-residual-dropped", MATMUL, "residual ? sum + before : sum;", "sum;", RESIDUAL)
@@ -688,7 +685,7 @@ fault(
 )
 fault(
     "sampled-ids-beyond-the-tokenizer", SAMPLING, "np.array(logits[:n_ids]", "np.array(logits",
-    "api::ids_without_a_token_are_never_drawn",
+    "sampling::ids_beyond_the_tokenizer_have_no_part",
 )
 fault("seed-ignored", SAMPLING, "PCG64(sampling.seed)", "PCG64()", "sampling::seeds_reproduce_and_differ")
 fault("top-p-boundary", SAMPLING, 'allowance, side="right"', 'allowance, side="left"', "sampling::top_p")
