@@ -103,8 +103,8 @@ def _choose(tiles: dict[str, Tile], rows: int, columns: int) -> str:
 
 def _on_tensor_cores(x: Array, *weights: Array) -> bool:
     """Whether the kernels for tensor cores can compute this: bf16 weights, and rows that 16-byte copies can fetch."""
-    addresses = [a.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr for a in (x, *weights)]
-    return STORAGE[weights[0].dtype] == "bf16" and x.shape[-1] % 8 == 0 and all(a % 16 == 0 for a in addresses)
+    aligned = all(launch.address(array) % 16 == 0 for array in (x, *weights))
+    return STORAGE[weights[0].dtype] == "bf16" and x.shape[-1] % 8 == 0 and aligned
 
 
 def _run_tiles(

@@ -233,10 +233,6 @@ def _check_eps(operation: str, eps: float) -> None:
         raise ValueError(f"{operation}: eps: wanted a finite number from 0, got {eps}")
 
 
-def _address(array: Array) -> int:
-    return array.data.ptr if launch.is_gpu_array(array) else array.ctypes.data
-
-
 def _span(array: Array) -> tuple[int, int]:
     """The addresses of a CuPy array's first byte and of the one behind its last; (0, 0) of an empty one."""
     start, size = array.data.ptr, array.nbytes
@@ -244,7 +240,9 @@ def _span(array: Array) -> tuple[int, int]:
 
 
 def _is_same(a: Array, b: Array) -> bool:
-    return _address(a) == _address(b) and a.shape == b.shape and a.strides == b.strides and a.dtype == b.dtype
+    return (
+        launch.address(a) == launch.address(b) and a.shape == b.shape and a.strides == b.strides and a.dtype == b.dtype
+    )
 
 
 def embed(ids: Array, table: Array, *, out: Array | None = None) -> Array:
@@ -457,7 +455,7 @@ def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Ar
     if check.backend is cuda and (dim % 8 or dim > cuda.MAX_HEAD_DIM):
         raise ValueError(f"attention: D: wanted a multiple of 8 up to {cuda.MAX_HEAD_DIM} on the GPU, got {dim}")
     for name, array in (("keys", keys), ("values", values)):
-        if check.backend is cuda and _address(array) % 16:
+        if check.backend is cuda and launch.address(array) % 16:
             raise ValueError(
                 f"attention: {name}: wanted 16-byte aligned memory on the GPU, got a view off it; use .copy()"
             )

@@ -790,7 +790,7 @@ fault(
 )
 fault("heads-unchecked", OPS, "heads == 0 or heads % kv_heads:", "heads == 0:", "ops::refusals")
 fault(
-    "misaligned-cache-accepted", OPS, "is cuda and _address(array) % 16:", "is cuda and False:",
+    "misaligned-cache-accepted", OPS, "is cuda and launch.address(array) % 16:", "is cuda and False:",
     "ops::refusals_that_only_kernels_make",
 )
 fault("negative-eps-accepted", OPS, "if not 0 <= eps <", "if not -1 <= eps <", "ops::refusals")
