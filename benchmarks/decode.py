@@ -1,16 +1,17 @@
 """Tokens a second of single-token steps: the step in one launch and the portable one, by model size, context and choice.
 
-    python -m benchmarks.decode [--sizes 0.6B,1.7B,4B,8B] [--output benchmarks/results/decode.json]
+    python -m benchmarks.decode [--sizes 0.6B,1.7B,4B,8B] [--compare] [--output benchmarks/results/decode.json]
 
-Random weights of Qwen3's shapes and random keys and values as context. A row is wall-clock time over `TOKENS` tokens as
-`generate` makes them: one step ahead of the host, each token read by it. `end_to_end` is `model.stream` on a checkpoint of
-0.6B's shape, text and all. The floor is the bytes of weights and cache over the read bandwidth measured first.
+Random weights of Qwen3's shapes and random keys and values as context. A row is wall-clock time over `TOKENS` tokens (`FEW`
+for larger sizes and long contexts) as `generate` makes them: one step ahead of the host, each token read by it.
+`end_to_end` is `model.stream` on a checkpoint of 0.6B's shape, text and all. The floor is the bytes of weights and cache over
+the read bandwidth measured first. --compare: transformers' `generate` on random weights of 0.6B's shape, eager, and with a
+static cache and torch.compile.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -23,125 +24,124 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.record import ROOT, write_record
-from benchmarks.timing import read_bandwidth
-from cuqwen import launch
-from cuqwen.config import Config
-from cuqwen.decode import Choice, Decoder
+from benchmarks.timing import time_limit
+from cuqwen import bench, launch, sizes
+from cuqwen.bandwidth import read_bandwidth
+from cuqwen.cache import KVCache
 from cuqwen.model import Device, Qwen3
 from cuqwen.sampling import Sampling
-from cuqwen.weights import LayerWeights, Weights
+from cuqwen.sizes import SIZES
 
 BF16 = ml_dtypes.bfloat16
-TOKENS, SKIPPED, REPEATS = 400, 20, 3
-SAMPLED = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "seed": 1}
+TOKENS, FEW, REPEATS = 1000, 400, 3
 CONTEXTS = (20, 128, 1024, 4096, 8192, 32768)
-SIZES = {  # layers, hidden, query heads, feed-forward
-    "0.6B": (28, 1024, 16, 3072), "1.7B": (28, 2048, 16, 6144), "4B": (36, 2560, 32, 9728), "8B": (36, 4096, 32, 12288),
-}  # fmt: skip
+MEASURED = ("0.6B", "1.7B", "4B", "8B")
+COMPARE_SECONDS = 240.0
 
 
 def random_model(size: str, layers: int | None = None) -> Qwen3:
     """A network of Qwen3's shape, or of the first few layers of it, with random weights made on the GPU."""
-    all_layers, hidden, heads, ffn = SIZES[size]
-    layers = layers or all_layers
-    config = Config(
-        model_type="qwen3", hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,
-        rope_theta=1e6, tie_word_embeddings=size != "8B", dtype="bfloat16", eos_token_id=(),
-    )  # fmt: skip
-    cp = launch.cupy()
-
-    def matrix(*shape: int) -> Any:
-        return (cp.random.standard_normal(shape, dtype=np.float32) * shape[1] ** -0.5).astype(BF16)
-
-    def gain(width: int) -> Any:
-        return 1 + 0.1 * cp.random.standard_normal(width, dtype=np.float32)
-
-    width, kv_width = heads * 128, 8 * 128
-    blocks = [
-        LayerWeights(
-            input_layernorm=gain(hidden), q_proj=matrix(width, hidden), k_proj=matrix(kv_width, hidden),
-            v_proj=matrix(kv_width, hidden), q_bias=None, k_bias=None, v_bias=None, q_norm=gain(128), k_norm=gain(128),
-            o_proj=matrix(hidden, width), post_attention_layernorm=gain(hidden), gate_proj=matrix(ffn, hidden),
-            up_proj=matrix(ffn, hidden), down_proj=matrix(hidden, ffn),
-        )
-        for _ in range(layers)
-    ]  # fmt: skip
-    table = matrix(151936, hidden)
-    head = table if config.tie_word_embeddings else matrix(151936, hidden)
-    return Qwen3(config, Weights(table, blocks, gain(hidden), head), Device.cuda(), BF16)
+    return sizes.random_network(sizes.config_of(size, layers), Device.cuda(), BF16)
 
 
-def tokens_per_second(model: Qwen3, context: int, **sampling: Any) -> tuple[float, str | None]:
-    """(tokens a second after `context` tokens, why not in one launch)."""
-    cp = launch.cupy()
-    cache = model.new_cache(context + TOKENS)
+def fill(cache: KVCache, context: int) -> None:
+    """Random keys and values for `context` tokens."""
+    noise = launch.upload(np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(BF16))
     for array in (cache.keys, cache.values):
         for layer in array:
-            layer[...] = cp.random.standard_normal(layer.shape, dtype=np.float32).astype(BF16)
+            flat = layer.reshape(-1)
+            for first in range(0, flat.size, noise.size):
+                part = flat[first : first + noise.size]
+                part[...] = noise[: part.size]
     cache.length = context
-    choice = Choice(model, Sampling(**sampling), [1], 151669, TOKENS)
-    decoder = Decoder(model, cache, choice)
-    logits = decoder.step(launch.upload(np.array([1], np.int32)))
-    times, read = [], launch.read_later(decoder.state)
-    for _ in range(TOKENS - 2):
-        logits, read, this = decoder.step(decoder.ids), launch.read_later(decoder.state), read
-        choice.check(this(), logits)
-        times.append(time.perf_counter())
-    return (len(times) - SKIPPED) / (times[-1] - times[SKIPPED - 1]), decoder.obstacle
+
+
+def row(model: Qwen3, size: str, context: int, choice: str, portable: bool, bandwidth: float) -> dict[str, Any]:
+    tokens = TOKENS if size == "0.6B" and context <= 1024 else FEW
+    case = bench.Case(0, tokens, context, choice)
+    cache = model.new_cache(context + tokens)
+    fill(cache, context)
+    with bench.portable_steps(portable):
+        decoder, runs = bench.answers(model, cache, sizes.TOKENS, case, REPEATS)
+    next(runs)
+    speeds = [tokens / next(runs) for _ in range(REPEATS)]
+    speed, moved = statistics.median(speeds), bench.bytes_per_token(model, case)
+    return {
+        "size": size, "context": context, "choice": choice, "tokens": tokens, "one_launch": decoder.obstacle is None,
+        "why_not": decoder.obstacle, "tokens_per_second": [round(each, 1) for each in speeds], "median": round(speed, 1),
+        "microseconds": round(1e6 / speed, 1), "floor_microseconds": round(moved / bandwidth * 1e6, 1),
+        "terabytes_per_second": round(moved * speed / 1e12, 3), "percent_of_read": round(100 * moved * speed / bandwidth, 1),
+    }  # fmt: skip
 
 
 def rows(size: str, bandwidth: float) -> Iterator[dict[str, Any]]:
     model = random_model(size)
-    plans = [(context, "greedy", {}, "0") for context in (CONTEXTS if size == "0.6B" else CONTEXTS[:3])]
+    plans = [(context, "greedy", False) for context in (CONTEXTS if size == "0.6B" else CONTEXTS[:3])]
     if size == "0.6B":
-        plans += [(128, "sampled", SAMPLED, "0"), (128, "greedy", {}, "1"), (128, "sampled", SAMPLED, "1")]
-    for context, name, sampling, portable in plans:
-        os.environ["CUQWEN_PORTABLE"] = portable
-        runs = [tokens_per_second(model, context, **sampling) for _ in range(REPEATS)]
-        speed, moved = statistics.median(run[0] for run in runs), model.read_bytes_per_token(context + TOKENS // 2)
-        yield {
-            "size": size, "context": context, "choice": name, "one_launch": runs[0][1] is None, "why_not": runs[0][1],
-            "tokens_per_second": [round(run[0], 1) for run in runs], "median": round(speed, 1),
-            "microseconds": round(1e6 / speed, 1), "floor_microseconds": round(moved / bandwidth * 1e6, 1),
-            "terabytes_per_second": round(moved * speed / 1e12, 3), "percent_of_read": round(100 * moved * speed / bandwidth, 1),
-        }  # fmt: skip
-    os.environ["CUQWEN_PORTABLE"] = "0"
+        plans += [(20, "sampled", False), (128, "sampled", False), (128, "greedy", True), (128, "sampled", True)]
+    for context, choice, portable in plans:
+        yield row(model, size, context, choice, portable, bandwidth)
 
 
 def end_to_end() -> Iterator[dict[str, Any]]:
+    """The rate after the first 20 tokens of an answer to 128."""
     sys.path.insert(0, str(ROOT / "tests"))
     from checkpoints import write_0_6b
 
     import cuqwen
 
+    skipped = 20
     with tempfile.TemporaryDirectory() as scratch:
         model = cuqwen.load(write_0_6b(Path(scratch) / "model", k_gains="ordinary", seed=0), device="cuda")
         prompt = np.random.default_rng(0).integers(0, 151643, 128).tolist()
-        for name, sampling in (("greedy", {"temperature": 0.0}), ("sampled", SAMPLED)):
+        for name, sampling in (("greedy", Sampling()), ("sampled", bench.SAMPLED)):
             speeds = []
             for _ in range(REPEATS):
-                times = [time.perf_counter() for _ in model.stream(prompt, max_tokens=TOKENS, **sampling)]
-                if len(times) > 2 * SKIPPED:  # a random model may end early
-                    speeds.append(round((len(times) - SKIPPED) / (times[-1] - times[SKIPPED - 1]), 1))
+                times = [time.perf_counter() for _ in model.stream(prompt, max_tokens=TOKENS, **vars(sampling))]
+                if len(times) > 2 * skipped:  # a random model may end early
+                    speeds.append(round((len(times) - skipped) / (times[-1] - times[skipped - 1]), 1))
             yield {"context": 128, "choice": name, "tokens_per_second": speeds}
+
+
+def compare() -> Iterator[dict[str, Any]]:
+    """transformers at context 128; compiling may take a minute."""
+    from cuqwen.commands import peers
+
+    network = random_model("0.6B")
+    model = peers.load(None, network)
+    if model is None:
+        yield {"engine": "transformers", "error": "not installed"}
+        return
+    for kind in ("eager", "static"):
+        case = bench.Case(0, 128, 128)
+        try:
+            with time_limit(COMPARE_SECONDS):
+                rates = peers.measure(model, kind, network, sizes.TOKENS, case, REPEATS).rates
+        except Exception as error:
+            yield {"engine": f"transformers {kind}", "error": f"{type(error).__name__}: {error}"[:200]}
+        else:
+            yield {"engine": f"transformers {kind}", "context": 128, "tokens_per_second": [round(r, 1) for r in rates]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--sizes", default=",".join(MEASURED), help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--compare", action="store_true", help="transformers as well, if it is installed")
     parser.add_argument("--output", default="benchmarks/results/decode.json")
     options = parser.parse_args()
-    bandwidth, results = read_bandwidth(), []
+    bandwidth, results = read_bandwidth("cuda"), []
     print(f"read: {bandwidth / 1e12:.2f} TB/s", flush=True)
     for size in options.sizes.split(","):
-        for row in rows(size, bandwidth):
-            results.append(row)
-            print("{size:5} {context:6} {choice:8} {median:8.1f} tok/s {microseconds:8.1f} us, floor {floor_microseconds:7.1f}, {percent_of_read:5.1f} % of read, one launch: {one_launch}".format(**row), flush=True)  # fmt: skip
-        launch.cupy().get_default_memory_pool().free_all_blocks()
+        for result in rows(size, bandwidth):
+            results.append(result)
+            print("{size:5} {context:6} {choice:8} {median:8.1f} tok/s {microseconds:8.1f} us, floor {floor_microseconds:7.1f}, {percent_of_read:5.1f} % of read, one launch: {one_launch}".format(**result), flush=True)  # fmt: skip
+        launch.release_memory()
     ends = list(end_to_end())
     print(ends, flush=True)
-    write_record(options.output, {"tokens": TOKENS, "sampling": SAMPLED, "read_bytes_per_second": bandwidth, "rows": results, "end_to_end": ends})  # fmt: skip
+    peers = list(compare()) if options.compare else []
+    for peer in peers:
+        print(peer, flush=True)
+    write_record(options.output, {"tokens": TOKENS, "sampling": vars(bench.SAMPLED), "read_bytes_per_second": bandwidth, "rows": results, "end_to_end": ends, "transformers": peers})  # fmt: skip
 
 
 if __name__ == "__main__":

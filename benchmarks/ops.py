@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks import timing
 from benchmarks.record import write_record
 from cuqwen import cuda, launch, ops, rope_table
+from cuqwen.bandwidth import read_bandwidth
 
 F32, BF16, I32 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.int32)
 CONTEXT = 1024  # rows of the cache that a single token attends to; a prompt of T tokens attends to itself
@@ -181,11 +182,14 @@ def qk_norm(s: Shape, T: int) -> Iterator[Work]:
     def in_torch(q: Any, k: Any) -> Any:
         return functional().rms_norm(q, (D,), gain, 1e-6), functional().rms_norm(k, (D,), gain, 1e-6)
 
-    yield Work(
-        "", (((T, H, D), F32), ((T, K, D), F32), ((T, H), F32), ((T, K), F32)),
-        lambda q, k, q_ms, k_ms: ops.qk_norm(q, k, q_ms, k_ms, rows=rows, out=(None, keys)), "copy",
-        T * (8 * H + 6 * K) * D + 4 * T * (H + K), T * (H + K) * D, in_torch, (((T, H, D), BF16), ((T, K, D), BF16)),
-    )  # fmt: skip
+    for x in (F32, BF16) if T > 1 else (F32,):
+        out = make((T, H, D), x), keys
+        yield Work(
+            "" if x == F32 else "q to bf16", (((T, H, D), F32), ((T, K, D), F32), ((T, H), F32), ((T, K), F32)),
+            lambda q, k, q_ms, k_ms, out=out: ops.qk_norm(q, k, q_ms, k_ms, rows=rows, out=out), "copy",
+            T * ((4 + x.itemsize) * H + 6 * K) * D + 4 * T * (H + K), T * (H + K) * D,
+            in_torch if x == (F32 if T == 1 else BF16) else None, (((T, H, D), BF16), ((T, K, D), BF16)),
+        )  # fmt: skip
 
 
 def attention(s: Shape, T: int) -> Iterator[Work]:
@@ -197,12 +201,15 @@ def attention(s: Shape, T: int) -> Iterator[Work]:
         def in_torch(q: Any, k: Any, v: Any) -> Any:
             return functional().scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
 
-        yield Work(
-            f"S {S}", (((T, H, D), F32), ((S, K, D), BF16), ((S, K, D), BF16)),
-            lambda q, k, v, positions=positions: ops.attention(q, k, v, positions), "read" if T == 1 else "copy",
-            4 * S * K * D + 8 * T * H * D, 4 * seen * H * D,
-            in_torch, (((1, H, T, D), BF16), ((1, K, S, D), BF16), ((1, K, S, D), BF16)),
-        )  # fmt: skip
+        for x in (F32, BF16) if T > 1 else (F32,):
+            out = make((T, H, D), x)
+            yield Work(
+                f"S {S}" if x == F32 else f"S {S}, q bf16", (((T, H, D), x), ((S, K, D), BF16), ((S, K, D), BF16)),
+                lambda q, k, v, positions=positions, out=out: ops.attention(q, k, v, positions, out=out),
+                "read" if T == 1 else "copy", 4 * S * K * D + 2 * x.itemsize * T * H * D, 4 * seen * H * D,
+                in_torch if x == (F32 if T == 1 else BF16) else None,
+                (((1, H, T, D), BF16), ((1, K, S, D), BF16), ((1, K, S, D), BF16)),
+            )  # fmt: skip
 
 
 def silu_mul(s: Shape, T: int) -> Iterator[Work]:
@@ -301,7 +308,7 @@ class Ceilings:
     """Measured once, before everything else."""
 
     def __init__(self) -> None:
-        self.read, self.copy = timing.read_bandwidth(), timing.copy_bandwidth()
+        self.read, self.copy = read_bandwidth("cuda"), timing.copy_bandwidth()
         self.node = timing.node_microseconds()
         self.tensor = timing.matmul_flops(TORCH) if TORCH is not None else None
         free_memory()

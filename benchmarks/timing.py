@@ -19,27 +19,14 @@ from typing import Any
 import numpy as np
 
 from cuqwen import launch
+from cuqwen.bandwidth import gpu_seconds
 
 REPLAYS, WARM_UP = 9, 2  # of each graph: those that count, and those before
 GRAPH_SECONDS = 1.5e-3  # about what a graph lasts: long beside its own start, short enough for hundreds of rows
 MAX_CALLS = 256
 
-# Loads of 16 bytes, eight (or four) under way in each thread; the last store keeps the compiler from leaving them out.
+# Loads of 16 bytes, four under way in each thread.
 KERNELS = r"""
-extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* __restrict__ p, long long n, unsigned* out) {
-    unsigned sum = 0;
-    const long long step = (long long)gridDim.x * 512;
-    long long i = blockIdx.x * 512ll + threadIdx.x;
-    for (; i + 7 * step < n; i += 8 * step) {
-        uint4 v[8];
-        #pragma unroll
-        for (int k = 0; k < 8; k++) v[k] = p[i + k * step];
-        #pragma unroll
-        for (int k = 0; k < 8; k++) sum += v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
-    }
-    for (; i < n; i += step) sum += p[i].x ^ p[i].y ^ p[i].z ^ p[i].w;
-    if (sum == 0x12345678u) *out = sum;
-}
 extern "C" __global__ void __launch_bounds__(512) copy_all(const uint4* __restrict__ p, long long n, uint4* __restrict__ out) {
     const long long step = (long long)gridDim.x * 512;
     for (long long i = blockIdx.x * 512ll + threadIdx.x; i < n; i += 4 * step) {
@@ -75,15 +62,6 @@ def calls_for(seconds: float, sets: int) -> int:
 
 def graph_time(call: Callable[[int], Any], sets: int) -> Time:
     """The time of `call(i)`, which uses the i-th of `sets` sets of inputs."""
-    cp = launch.cupy()
-    start, stop = cp.cuda.Event(), cp.cuda.Event()
-
-    def milliseconds(work: Callable[[], Any]) -> float:
-        start.record()
-        work()
-        stop.record()
-        stop.synchronize()
-        return cp.cuda.get_elapsed_time(start, stop)
 
     def record(calls: int) -> Callable[[], None]:
         def work() -> None:
@@ -95,9 +73,9 @@ def graph_time(call: Callable[[int], Any], sets: int) -> Time:
         return replay
 
     call(0)  # compiles
-    calls = calls_for(1e-3 * milliseconds(record(sets)) / sets, sets)
+    calls = calls_for(gpu_seconds(record(sets)) / sets, sets)
     replay = record(calls)
-    return Time.of([milliseconds(replay) for _ in range(WARM_UP + REPLAYS)][WARM_UP:], calls)
+    return Time.of([1e3 * gpu_seconds(replay) for _ in range(WARM_UP + REPLAYS)][WARM_UP:], calls)
 
 
 def torch_time(torch: Any, call: Callable[[int], Any], sets: int) -> Time:
@@ -142,29 +120,19 @@ def host_microseconds(call: Callable[[], Any], calls: int = 200) -> float:
     return 1e6 * statistics.median(times)
 
 
-def _best(name: str, *args: Any, per_thread: int) -> float:
-    """Microseconds of a kernel above with the best of several grids, from two blocks a multiprocessor to one turn each."""
-    cp = launch.cupy()
-    kernel, words = cp.RawKernel(KERNELS, name), int(args[1])
-    processors = cp.cuda.Device().attributes["MultiProcessorCount"]
-    grids = (*(processors * blocks for blocks in (2, 3, 4, 8, 32)), -(-words // (512 * per_thread)))
-    return min(graph_time(lambda _, grid=grid: kernel((grid,), (512,), args), 1).microseconds for grid in grids)
-
-
-def read_bandwidth(size: int = 1 << 31) -> float:
-    """Bytes a second of reading `size` bytes."""
-    cp = launch.cupy()
-    source, out = cp.zeros(size, np.uint8), cp.zeros(1, np.uint32)
-    return 1e6 * size / _best("read_all", source, np.int64(size // 16), out, per_thread=8)
-
-
 def copy_bandwidth(size: int = 1 << 30) -> float:
     """Bytes a second, read and written, of a copy on the device: by the kernel above or by the driver, which is faster.
     (In a graph on an H100 the driver's copy reaches 2.42 TB/s, a kernel 2.95.)"""
     cp = launch.cupy()
     source, target = cp.zeros(size, np.uint8), cp.empty(size, np.uint8)
-    driver = graph_time(lambda _: launch.copy(target, source), 1).microseconds
-    return 2e6 * size / min(driver, _best("copy_all", source, np.int64(size // 16), target, per_thread=4))
+    kernel, words = cp.RawKernel(KERNELS, "copy_all"), size // 16
+    processors = cp.cuda.Device().attributes["MultiProcessorCount"]
+    # from two blocks a multiprocessor to one turn each
+    grids = (*(processors * blocks for blocks in (2, 3, 4, 8, 32)), -(-words // (512 * 4)))
+    calls = [lambda _, grid=grid: kernel((grid,), (512,), (source, np.int64(words), target)) for grid in grids]
+    return (
+        2e6 * size / min(graph_time(call, 1).microseconds for call in [lambda _: launch.copy(target, source), *calls])
+    )
 
 
 def node_microseconds() -> float:

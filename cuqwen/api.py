@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from cuqwen import hub, launch, weights
-from cuqwen.cache import KVCache
+from cuqwen import hub, launch, memory, weights
 from cuqwen.config import CheckpointError, Config, GenerationConfig
+from cuqwen.generate import Sequence as TokenSequence
 from cuqwen.generate import Step, generate_steps
-from cuqwen.model import Device, Qwen3
+from cuqwen.memory import MemoryPlan
+from cuqwen.model import Device, Progress, Qwen3
 from cuqwen.sampling import Sampling
 from cuqwen.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
-Progress = Callable[[int, int], None]
-
 KV_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
 
 
@@ -31,6 +30,7 @@ def load(
     dtype: str | None = None,
     kv_dtype: str | None = None,
     max_context: int | None = None,
+    exact: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
     check_weights: bool = False,
@@ -44,28 +44,39 @@ def load(
     dtype: what the CPU computes in, "float32" (default) or "float64"; the GPU computes in float32 from weights as stored.
     kv_dtype: how keys and values are cached: "bfloat16" (the GPU's default), "float16", "float32" or, on the CPU, "float64";
     the CPU's default is its `dtype`.
-    max_context: most tokens of prompt and answer together; the model's `max_position_embeddings` if None, and at most that.
+    max_context: most tokens of prompt and answer together, at most the model's own (`config.context_length`). None: that, or
+    as many as fit into the memory that is free. What is not used is not allocated: the cache grows with the texts.
+    exact: on a GPU, read prompts with float32 activations, as single tokens always are. Without it, prompts of more than
+    four tokens hand activations from operation to operation in bf16 (the residual stream, sums, norms and softmax are
+    float32 in any case), which is what most of the speed of tensor cores rests on: with it products take three times the
+    arithmetic. The CPU is always exact.
     progress: called with (bytes read, bytes in all) while weights are read. show_download: the hub's own bars on stderr.
     check_weights: read all weights once more and refuse NaN and infinity.
+
+    What the model needs is compared with what is free before anything is loaded: `memory_plan` of the result.
 
     Raises CheckpointError for anything wrong with the files, DeviceError if the device cannot be used, MemoryError if the
     model does not fit, ValueError for other impossible arguments.
     """
+    if not isinstance(exact, bool):
+        raise TypeError(f"load: exact: wanted True or False, got {type(exact).__name__}")
     place = _choose_device(device, dtype)
     kv = _choose_kv_dtype(kv_dtype, place)
     folder = hub.resolve(model, revision=revision, progress=show_download)
     config = Config.from_folder(folder)
-    context = _choose_context(max_context, config)
+    _check_context(max_context, config)
     generation = GenerationConfig.from_folder(folder, config)
     tokenizer = Tokenizer.from_folder(folder, config)
     if place.name == "cuda" and (config.head_dim % 8 or config.head_dim > 256):
         raise CheckpointError(
             f'{folder}: head_dim: wanted a multiple of 8 up to 256 on the GPU, got {config.head_dim}; use device="cpu"'
         )
+    plan = memory.plan(folder, config, place, kv, max_context, exact=exact)
     if check_weights:
         weights.check_finite(folder, config)
     try:
-        network = Qwen3(config, weights.read(folder, config, place.place_weight, progress=progress), place, kv)
+        arrays = weights.read(folder, config, place.place_weight, progress=progress)
+        network = Qwen3(config, arrays, place, kv, exact=exact, chunk=plan.chunk)
         if place.name == "cuda":
             launch.release_staging()
     except Exception as error:
@@ -74,7 +85,7 @@ def load(
                 f"{folder}: the weights do not fit into memory{_free(place)}; use a smaller model"
             ) from None
         raise
-    return Model(folder, network, tokenizer, generation, context)
+    return Model(folder, network, tokenizer, generation, plan)
 
 
 class Model:
@@ -82,30 +93,64 @@ class Model:
 
     config: the architecture, fields named as in config.json. tokenizer: text to ids and back. device: "cuda" or "cpu".
     max_context: most tokens of prompt and answer together. generation_config: the checkpoint's sampling defaults.
+    memory_plan: what it needs; `str(memory_plan)` says so in one line.
+
+    A model keeps the text of its last answer, prompt and all: a prompt that begins as that does is read from where the two
+    part. A stream takes that text with it when its first token is asked for, and leaves its own when it ends, is closed or
+    goes out of use; a stream that begins meanwhile begins a text of its own. So streams never disturb each other, and there
+    are as many caches as streams that have begun and not ended, and one more.
+
+    Used as a context manager, it is closed at the end of the block.
     """
 
     def __init__(
-        self, folder: Path, network: Qwen3, tokenizer: Tokenizer, generation_config: GenerationConfig, max_context: int
+        self,
+        folder: Path,
+        network: Qwen3,
+        tokenizer: Tokenizer,
+        generation_config: GenerationConfig,
+        memory_plan: MemoryPlan,
     ) -> None:
-        self.folder, self.network, self.tokenizer = folder, network, tokenizer
-        self.generation_config, self.max_context = generation_config, max_context
+        self.folder, self.tokenizer, self.memory_plan = folder, tokenizer, memory_plan
+        self.generation_config, self.max_context = generation_config, memory_plan.context
         self.config, self.device = network.config, network.device.name
+        self._network: Qwen3 | None = network
+        self._kept: list[TokenSequence] = []  # one at most
 
     def __repr__(self) -> str:
         return f"<cuqwen.Model {self.folder} on {self.device}, {self.config.num_hidden_layers} layers>"
+
+    @property
+    def network(self) -> Qwen3:
+        """The forward pass. Raises ValueError when the model is closed."""
+        if self._network is None:
+            raise ValueError(f"{self!r}: wanted an open model, got one that is closed; load it again")
+        return self._network
+
+    def close(self) -> None:
+        """Free the weights and the text. A stream that has begun keeps what it needs until it ends. May be called twice."""
+        self._network = None
+        self._kept.clear()
+        if self.device == "cuda":
+            launch.release_memory()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> Any:
         """The logits of the next token after each of `ids` (teacher forcing).
 
         ids [T], integers in 0..V-1, 1 <= T <= max_context; returns [T, V]: NumPy of the computing dtype on the CPU, CuPy
-        float32 on the GPU. Raises ValueError or TypeError for other ids.
+        float32 on the GPU. Raises ValueError or TypeError for other ids, MemoryError.
         """
-        prompt = self._check_ids(ids, "logits: ids")
+        network, prompt = self.network, self._check_ids(ids, "logits: ids")
         if len(prompt) > self.max_context:
             raise ValueError(f"logits: ids: wanted at most the context of {self.max_context} tokens, got {len(prompt)}")
         with self._memory_errors(len(prompt)):
-            cache = self.network.new_cache(len(prompt))
-            return self.network.forward(self.network.device.upload(prompt), cache, rows=len(prompt))
+            return network.read(prompt, network.new_cache(len(prompt)), every_row=True)
 
     def stream(
         self,
@@ -123,6 +168,8 @@ class Model:
         stop: str | Iterable[str] = (),
         enable_thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        logprobs: int = 0,
+        progress: Progress | None = None,
     ) -> Iterator[Step]:
         """Continue a prompt and yield a `Step` for each token: `step.text`, `step.token`, `step.finish_reason`.
 
@@ -132,13 +179,18 @@ class Model:
         that says nothing the most likely token is taken (temperature 0) and no filter applies. An explicit value wins; with
         any of the filters given but no temperature anywhere, the temperature is 1.
         presence_penalty, frequency_penalty: subtracted from the logits of tokens already generated (once; per occurrence).
-        seed: the same seed gives the same tokens (on the GPU for the same `max_tokens`: the order in which attention sums
-        follows the size of the cache, and a near tie may fall the other way).
+        seed: the same seed gives the same tokens, but for near ties, which roundings decide: on the GPU they depend on how
+        much of the prompt was in the cache and on the cache's size.
         stop: strings that end the answer; they are not part of the text.
+        logprobs: how many of the most likely tokens `step.top_logprobs` names, and with it `step.logprob`; 0 leaves both None.
+        Each step then waits for its logits on the host, which costs some milliseconds a token on a GPU.
+        progress: called with (tokens of the prompt that are read, tokens in all) while a prompt is read, some thousand at a
+        time. What it raises ends the stream; the model remains usable, and keeps what is read.
 
         All arguments are checked before the first token is computed. Raises ValueError (an empty prompt, impossible values,
         prompt and max_tokens beyond `max_context`), TypeError, MemoryError.
         """
+        _ = self.network  # if it is open
         ids = self._encode(prompt, enable_thinking, tools)
         sampling = self._sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
@@ -155,6 +207,12 @@ class Model:
                 f"stream: prompt of {len(ids)} tokens and max_tokens {max_tokens}: wanted at most {self.max_context} "
                 f"together, the context, got {len(ids) + max_tokens}; {remedy}"
             )
+        if isinstance(logprobs, bool) or not isinstance(logprobs, (int, np.integer)):
+            raise TypeError(f"stream: logprobs: wanted an int, got {type(logprobs).__name__}")
+        if not 0 <= logprobs <= self.tokenizer.n_ids:
+            raise ValueError(f"stream: logprobs: wanted 0..{self.tokenizer.n_ids}, got {logprobs}")
+        if progress is not None and not callable(progress):
+            raise TypeError(f"stream: progress: wanted a function or None, got {type(progress).__name__}")
         if not isinstance(stop, Iterable):
             raise TypeError(f"stream: stop: wanted a string or several, got {type(stop).__name__}")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -163,18 +221,35 @@ class Model:
                 raise TypeError(f"stream: stop: wanted strings, got {type(string).__name__}")
             if not string:
                 raise ValueError("stream: stop: wanted non-empty strings, got an empty one")
-        return self._run(ids, sampling, int(max_tokens), stops)
+        return self._run(ids, sampling, int(max_tokens), stops, int(logprobs), progress)
 
     def generate(self, prompt: Prompt, **arguments: Any) -> str:
         """The whole text that `stream` would yield; the same arguments."""
         return "".join(step.text for step in self.stream(prompt, **arguments))
 
-    def _run(self, ids: np.ndarray, sampling: Sampling, max_tokens: int, stops: tuple[str, ...]) -> Iterator[Step]:
-        with self._memory_errors(len(ids) + max_tokens):
-            yield from generate_steps(
-                self.network, self.tokenizer, ids.tolist(), sampling=sampling, max_tokens=max_tokens, stop=stops,
-                end_ids=self.generation_config.eos_token_id,
-            )  # fmt: skip
+    def _run(
+        self,
+        ids: np.ndarray,
+        sampling: Sampling,
+        max_tokens: int,
+        stops: tuple[str, ...],
+        logprobs: int,
+        progress: Progress | None,
+    ) -> Iterator[Step]:
+        network, prompt = self.network, ids.tolist()
+        sequence = self._kept.pop() if self._kept else TokenSequence(network, self.max_context)
+        try:
+            with self._memory_errors(len(prompt) + max_tokens):
+                yield from generate_steps(
+                    sequence, self.tokenizer, prompt, sampling=sampling, max_tokens=max_tokens, stop=stops,
+                    end_ids=self.generation_config.eos_token_id, progress=progress, logprobs=logprobs,
+                )  # fmt: skip
+        except (launch.DeviceError, MemoryError):
+            sequence.drop()
+            raise
+        finally:
+            if self._network is not None:
+                self._kept[:] = [sequence]
 
     def _encode(self, prompt: Prompt, enable_thinking: bool | None, tools: list[dict[str, Any]] | None) -> np.ndarray:
         if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
@@ -219,7 +294,7 @@ class Model:
         return Sampling(temperature=temperature, **{key: value for key, value in given.items() if value is not None})
 
     def _memory_errors(self, tokens: int) -> _MemoryErrors:
-        need = tokens * KVCache.bytes_per_token(self.config, self.network.kv_dtype)
+        need = tokens * self.memory_plan.bytes_per_token
         return _MemoryErrors(
             f"{tokens} tokens need {need / 1e9:.2f} GB of cache and some workspace", self.network.device
         )
@@ -268,14 +343,21 @@ def _choose_kv_dtype(kv_dtype: str | None, device: Device) -> Any:
     return np.dtype(KV_DTYPES[kv_dtype])
 
 
-def _choose_context(max_context: int | None, config: Config) -> int:
+def _check_context(max_context: int | None, config: Config) -> None:
     if max_context is None:
-        return config.max_position_embeddings
+        return
     if isinstance(max_context, bool) or not isinstance(max_context, (int, np.integer)):
         raise TypeError(f"load: max_context: wanted an int, got {type(max_context).__name__}")
-    if not 1 <= max_context <= config.max_position_embeddings:
+    longest = config.context_length
+    if not 1 <= max_context <= longest:
+        name, remedy = "factor x original_max_position_embeddings", ""
+        if config.rope_scaling is None:
+            name = "max_position_embeddings"
+            trained = min(longest, 32768)
+            factor = float(-(-max_context // trained))
+            keys = f'"rope_type": "yarn", "factor": {factor}, "original_max_position_embeddings": {trained}'
+            remedy = f'; for more, switch YaRN on by adding to its config.json "rope_scaling": {{{keys}}}'
         raise ValueError(
-            f"load: max_context: wanted 1..{config.max_position_embeddings}, the model's max_position_embeddings, "
-            f"got {max_context}"
+            f"load: max_context: wanted 1..{longest}, the model's {name}, got {max_context}"
+            + (remedy if max_context > longest else "")
         )
-    return int(max_context)

@@ -34,6 +34,14 @@ class KVCache:
         """(keys, values) of a layer, each [S, K, D]."""
         return self.keys[index], self.values[index]
 
+    def take(self, other: KVCache, copy: Callable[[Array, Array], None]) -> None:
+        """Begin with the rows of `other`, which fit. copy: copies a contiguous array into another one."""
+        rows = other.length
+        for target, source in ((self.keys, other.keys), (self.values, other.values)):
+            for index in range(len(target) if rows else 0):
+                copy(target[index, :rows], source[index, :rows])
+        self.length = rows
+
     @staticmethod
     def bytes_per_token(config: Config, dtype: Any) -> int:
         """Bytes of keys and values that one token takes over all layers."""

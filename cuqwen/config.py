@@ -8,7 +8,8 @@ The rule, so that nothing which changes the mathematics is ever guessed:
    transformers leaves out when it saves (checked with releases 4.37, 4.51, 4.57 and 5.23). None means:
      eos_token_id        the model names no end token
      dtype/torch_dtype   float32, the framework's own default; only a label here, as each tensor is read as stored
-     rope_scaling        no scaling of the rotary angles (the original Qwen2 files predate the key)
+     rope_scaling        no scaling of the rotary angles (the original Qwen2 files predate the key); of its own keys,
+                         those of YaRN that transformers makes optional may be absent or null as well
      layer_types         full attention, unless the sliding-window keys say otherwise (older files lack it)
      head_dim            hidden_size / num_attention_heads; for qwen2 only, whose class has no such field. qwen3 always
                          writes it, and the quotient would be wrong for 0.6B, 4B and 32B
@@ -21,7 +22,7 @@ import json
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +59,19 @@ _MARKS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Rotary angles stretched over a longer context, by the parameters of `rope_type` "yarn" (Peng et al., arXiv 2309.00071).
+    `rope_table` says what they do."""
+
+    factor: float  # >= 1
+    original_max_position_embeddings: int  # the context that the model was trained with
+    attention_factor: float  # of cosines and sines
+    beta_fast: float  # pairs that turn more often than this over the original context keep their angles
+    beta_slow: float  # those that turn less often are stretched by all of `factor`
+    truncate: bool  # whether the bounds between them are whole pairs
+
+
+@dataclass(frozen=True)
 class Config:
     """A dense Qwen3 or Qwen2/Qwen2.5 model. The fields are `config.json`'s keys; sizes are counts of elements."""
 
@@ -75,6 +89,14 @@ class Config:
     tie_word_embeddings: bool
     dtype: str  # "bfloat16", "float16" or "float32": what the file declares; each tensor is read as stored
     eos_token_id: tuple[int, ...]  # may be empty
+    rope_scaling: Yarn | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that the model can have before it: max_position_embeddings, or what YaRN stretches the context to."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        return int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
 
     @property
     def has_qk_norm(self) -> bool:
@@ -121,6 +143,7 @@ class Config:
         if heads % kv_heads:
             keys.fail("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads, _DAMAGED)
         vocab_size = keys.integer("vocab_size")
+        rope_theta, rope_scaling = _read_rope(keys)
         return cls(
             model_type=model_type,
             hidden_size=hidden,
@@ -132,10 +155,11 @@ class Config:
             vocab_size=vocab_size,
             max_position_embeddings=keys.integer("max_position_embeddings"),
             rms_norm_eps=keys.positive("rms_norm_eps"),
-            rope_theta=_read_rope_theta(keys),
+            rope_theta=rope_theta,
             tie_word_embeddings=keys.boolean("tie_word_embeddings"),
             dtype=_read_dtype(keys),
             eos_token_id=keys.token_ids("eos_token_id", vocab_size),
+            rope_scaling=rope_scaling,
         )
 
 
@@ -325,9 +349,10 @@ def _read_dtype(keys: _Keys) -> str:
     return next(iter(given.values()), "float32")
 
 
-def _read_rope_theta(keys: _Keys) -> float:
-    """rope_theta from the top level, from rope_parameters (transformers 5), or both if they agree; no scaling."""
+def _read_rope(keys: _Keys) -> tuple[float, Yarn | None]:
+    """rope_theta, from the top level, from rope_parameters (transformers 5), or both if they agree; and the scaling."""
     found: dict[str, float] = {}
+    scalings: dict[str, Yarn | None] = {}
     if keys.values.get("rope_theta") is not None:
         found["rope_theta"] = keys.positive("rope_theta")
     for name in ("rope_parameters", "rope_scaling"):
@@ -337,20 +362,69 @@ def _read_rope_theta(keys: _Keys) -> float:
         if not isinstance(inner, dict):
             keys.fail(name, "an object or null", inner)
         nested = _Keys({f"{name}.{key}": value for key, value in inner.items()}, keys.where)
-        kinds = {f"{name}.rope_type", f"{name}.type"} & nested.values.keys()  # none: transformers fills in "default"
-        for key in sorted(kinds):
-            nested.choice(key, ("default",), "Remove the scaling to run within the original context length")
-        for key, value in nested.values.items():
-            if key == f"{name}.rope_theta":
-                found[key] = nested.positive(key)
-            elif key not in kinds and value is not None and not (key.endswith(".partial_rotary_factor") and value == 1):
-                nested.fail(key, "no such key: plain RoPE has rope_type and rope_theta only", value, _PLAIN)
+        if nested.values.get(f"{name}.rope_theta") is not None:
+            found[f"{name}.rope_theta"] = nested.positive(f"{name}.rope_theta")
+        scalings[name] = _read_rope_scaling(nested, name)
     if not found:
         keys.required("rope_theta", "a finite number > 0, here or in rope_parameters")
     for name, theta in found.items():
         if theta != next(iter(found.values())):
             keys.fail(name, f"the same as {next(iter(found))} = {next(iter(found.values()))}", theta)
-    return next(iter(found.values()))
+    if len(set(scalings.values())) > 1:
+        keys.fail("rope_scaling", "what rope_parameters says", keys.values["rope_scaling"])
+    theta, scaling = next(iter(found.values())), next(iter(scalings.values()), None)
+    if scaling is not None and theta <= 1:
+        keys.fail("rope_theta", "a number > 1 for YaRN", theta)
+    return theta, scaling
+
+
+def _read_rope_scaling(nested: _Keys, name: str) -> Yarn | None:
+    """What the object `name` says beyond rope_theta. transformers takes the kind for "default" where none is named."""
+    kinds = [key for key in (f"{name}.rope_type", f"{name}.type") if key in nested.values]
+    for key in kinds:
+        nested.choice(key, ("default", "yarn"), "Remove the scaling to run within the original context length")
+        if nested.values[key] != nested.values[kinds[0]]:
+            nested.fail(key, f"the same as {kinds[0]} = {nested.values[kinds[0]]!r}", nested.values[key])
+    is_yarn = bool(kinds) and nested.values[kinds[0]] == "yarn"
+    known = {"rope_type", "type", "rope_theta"}
+    if is_yarn:
+        known |= {field.name for field in fields(Yarn)} | {"mscale", "mscale_all_dim"}
+    for key, value in nested.values.items():
+        whole = key.endswith(".partial_rotary_factor") and value == 1
+        if key.removeprefix(f"{name}.") not in known and value is not None and not whole:
+            kind = "YaRN" if is_yarn else "plain RoPE"
+            nested.fail(key, f"no such key: {kind} has {', '.join(sorted(known - {'type'}))} only", value, _PLAIN)
+    if not is_yarn:
+        return None
+
+    def number(key: str) -> float | None:
+        full = f"{name}.{key}"
+        return None if nested.values.get(full) is None else nested.positive(full)
+
+    factor = nested.positive(f"{name}.factor")
+    if factor < 1:
+        nested.fail(f"{name}.factor", "a number from 1", factor)
+    attention_factor, mscale, mscale_all_dim = number("attention_factor"), number("mscale"), number("mscale_all_dim")
+    if attention_factor is None:  # the paper's; the ratio is DeepSeek's, which transformers computes for all
+        attention_factor = _growth(factor, 1.0)
+        if mscale is not None and mscale_all_dim is not None:
+            attention_factor = _growth(factor, mscale) / _growth(factor, mscale_all_dim)
+    beta_fast, beta_slow = number("beta_fast") or 32.0, number("beta_slow") or 1.0
+    if beta_fast < beta_slow:
+        nested.fail(f"{name}.beta_fast", f"at least beta_slow = {beta_slow}", beta_fast)
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=nested.integer(f"{name}.original_max_position_embeddings"),
+        attention_factor=attention_factor,
+        beta_fast=beta_fast,
+        beta_slow=beta_slow,
+        truncate=f"{name}.truncate" not in nested.values or nested.boolean(f"{name}.truncate"),
+    )
+
+
+def _growth(factor: float, scale: float) -> float:
+    """By what YaRN multiplies the length of queries and keys when the context is `factor` times as long."""
+    return 0.1 * scale * math.log(factor) + 1.0
 
 
 def _refuse_sliding_window(keys: _Keys, layers: int) -> None:

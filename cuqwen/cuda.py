@@ -28,16 +28,22 @@ def variants() -> Iterator[tuple[str, launch.Defines]]:
     types = STORAGE.values()
     yield "argmax", ()
     yield "sample", ()
+    yield "read", ()
     yield from (("silu_mul", (("OUT_TYPE", t),)) for t in ("f32", "bf16"))
     yield from (("embed", (("TABLE_TYPE", t),)) for t in types)
     for x, w in itertools.product(("f32", "bf16"), types):
         yield "matmul", (("X_TYPE", x), ("W_TYPE", w))
         yield from (("swiglu", (("X_TYPE", x), ("W_TYPE", w), ("OUT_TYPE", o))) for o in ("f32", "bf16"))
-    yield from (("qk_norm", (("K_TYPE", t),)) for t in types)
+    yield from (("qk_norm", (("Q_TYPE", q), ("K_TYPE", k))) for q in ("f32", "bf16") for k in types)
     for x, w, o in itertools.product(types, repeat=3):
         yield "rmsnorm", (("X_TYPE", x), ("W_TYPE", w), ("OUT_TYPE", o))
     for dim in (64, 128):
         yield from (("attention", (("KV_TYPE", t), ("HEAD_DIM", str(dim)))) for t in types)
+        for (q, rows), out in itertools.product((("f32", 64), ("bf16", 64), ("bf16", 128)), ("f32", "bf16")):
+            types_and_sizes = ("Q_TYPE", q), ("OUT_TYPE", out), ("HEAD_DIM", str(dim)), ("ROWS", str(rows))
+            yield "attention_mma", types_and_sizes
+        for out, groups in itertools.product(("f32", "bf16"), "12"):
+            yield "attention_wgmma", (("OUT_TYPE", out), ("HEAD_DIM", str(dim)), ("GROUPS", groups))
         for x, w, kv in itertools.product(("f32", "bf16"), types, types):
             head = ("X_TYPE", x), ("W_TYPE", w)
             yield "qkv_rope", (*head, ("K_TYPE", kv), ("V_TYPE", kv), ("HEAD_DIM", str(dim)))
@@ -53,14 +59,17 @@ def _run(
     block: int,
     args: tuple[Array, ...],
     shared_bytes: int = 0,
+    dependent: bool = False,
 ) -> None:
     named = tuple((key, value if isinstance(value, str) else STORAGE[value.dtype]) for key, value in defines.items())
-    launch.load_function(file, entry, named)(grid, (block,), args, shared_bytes)
+    launch.load_function(file, entry, named)(grid, (block,), args, shared_bytes, dependent)
 
 
 class Tile(NamedTuple):
-    """A shape of kernels/mma.cuh: outputs of a block, its threads, bytes of shared memory; what an SM of an H100 reaches
-    with one block, and with as many as it holds, as parts of what it reaches with the best shape (kernels/LOG.md)."""
+    """A shape of kernels/mma.cuh or wgmma.cuh: outputs of a block, its threads, bytes of shared memory; what an SM of an H100
+    reaches with one block, and with as many as it holds, as parts of what it reaches with the best shape of mma.cuh
+    (kernels/LOG.md). With `box`, rows of weights that a copy brings, blocks come in pairs, one above the other, and stay for
+    all tiles."""
 
     rows: int
     columns: int
@@ -68,26 +77,38 @@ class Tile(NamedTuple):
     shared_bytes: int
     alone: float
     together: float
+    box: int = 0
 
 
-def _tiles(x: Array, head: int = 0) -> dict[str, Tile]:
-    """The shapes for an x of this type, with whole heads of `head` elements."""
+def _tiles(x: Array, head: int = 0, wgmma: bool = False) -> dict[str, Tile]:
+    """The shapes for an x of this type, with whole heads of `head` elements; those of wgmma.cuh too if asked for."""
 
     def tile(rows: int, columns: int, threads: int, depth: int, stages: int, alone: float, together: float) -> Tile:
         shared_bytes = stages * depth * (rows * x.dtype.itemsize + columns * 2)
         return Tile(rows, columns, threads, shared_bytes, alone, together)
 
+    def fed_tile(columns: int, stages: int, box: int, fastest: float, rest: int, alone: float = 1.0) -> Tile:
+        speed = fastest * x.shape[-1] / (x.shape[-1] + rest)  # `rest`: what begins and ends a tile, in elements of C
+        return Tile(128, columns, 384, stages * 128 * (128 + columns) + 256 + 8 * 2560, alone * speed, speed, box)
+
     few = head or 32
     few_stages = 6 if few == 32 else 4
     if x.dtype == F32:
         wide, middle = tile(128, 128, 256, 32, 3, 1.0, 1.0), tile(64, 128, 128, 32, 3, 1.2, 0.9)
-        return {"wide": wide, "middle": middle, "few": tile(32, few, 128, 64, few_stages, 0.3, 0.4)}
+        return {"mma_wide": wide, "mma_middle": middle, "mma_few": tile(32, few, 128, 64, few_stages, 0.3, 0.4)}
     middle = tile(64, 128, 128, 64, 4, 0.5, 0.75) if head == 128 else tile(64, 64, 128, 64, 6, 0.39, 0.6)
-    return {
-        "wide": tile(128, 128, 128, 64, 3, 0.75, 1.0),
-        "middle": middle,
-        "few": tile(32, few, 128, 64, few_stages, 0.15, 0.25),
+    tiles = {
+        "mma_wide": tile(128, 128, 128, 64, 3, 0.75, 1.0),
+        "mma_middle": middle,
+        "mma_few": tile(32, few, 128, 64, few_stages, 0.15, 0.25),
     }
+    if wgmma:
+        tiles["wgmma_wide"] = fed_tile(256, 4, 64 if head else 128, 2.17, 1050)
+        tiles["wgmma_turns"] = fed_tile(128, 6, 64, 1.73, 480, alone=0.9)
+        tiles["wgmma_middle"] = fed_tile(128, 6, 64, 1.70, 565)
+        if not head:
+            tiles["wgmma_few"] = fed_tile(64, 8, 32, 1.2, 600)
+    return tiles
 
 
 def _choose(tiles: dict[str, Tile], rows: int, columns: int) -> str:
@@ -95,10 +116,16 @@ def _choose(tiles: dict[str, Tile], rows: int, columns: int) -> str:
 
     def time(shape: str) -> float:
         tile = tiles[shape]
-        busiest = _blocks(_blocks(rows, tile.rows) * _blocks(columns, tile.columns), 132)
+        busiest = _blocks(_tile_blocks(tile, rows, columns), 132)
         return busiest * tile.rows * tile.columns / (tile.alone if busiest == 1 else tile.together)
 
-    return "few" if rows <= 32 else min(tiles, key=time)
+    return "mma_few" if rows <= 32 else min(tiles, key=time)
+
+
+def _tile_blocks(tile: Tile, rows: int, columns: int) -> int:
+    """How many tiles these outputs are, with those that make the last pair complete."""
+    pair = 2 if tile.box else 1
+    return pair * _blocks(rows, pair * tile.rows) * _blocks(columns, tile.columns)
 
 
 def _on_tensor_cores(x: Array, *weights: Array) -> bool:
@@ -108,12 +135,27 @@ def _on_tensor_cores(x: Array, *weights: Array) -> bool:
 
 
 def _run_tiles(
-    file: str, defines: dict[str, Any], tiles: dict[str, Tile], rows: int, columns: int, args: tuple[Array, ...]
+    file: str,
+    defines: dict[str, Any],
+    matrices: tuple[Array, ...],
+    others: tuple[Array | None, ...],
+    columns: int,
+    args: tuple[Array, ...],
+    head: int = 0,
 ) -> None:
+    """Launches the best shape for matrices[0] [.., C] times the rows of the others, `columns` in all, which reads and
+    writes `others` too; the arguments name the matrices as arrays."""
+    x = matrices[0]
+    words = columns % 16 == 0 and all(a is None or launch.address(a) % 16 == 0 for a in others)
+    rows, tiles = x.size // x.shape[-1], _tiles(x, head, x.dtype != F32 and words and launch.wgmma_processors() > 0)
     shape = _choose(tiles, rows, columns)
     tile = tiles[shape]
-    grid = (_blocks(rows, tile.rows) * _blocks(columns, tile.columns),)
-    _run(file, f"{file}_mma_{shape}", defines, grid, tile.threads, args, tile.shared_bytes)
+    blocks = _tile_blocks(tile, rows, columns)
+    if tile.box:
+        blocks = min(blocks, launch.wgmma_processors() // 2 * 2)
+        maps = {id(m): launch.tensor_map(m, tile.rows if m is x else tile.box) for m in matrices}
+        args = tuple(maps.get(id(arg), arg) for arg in args)
+    _run(file, f"{file}_{shape}", defines, (blocks,), tile.threads, args, tile.shared_bytes)
 
 
 def _float32(vector: Array | None) -> Array | None:
@@ -134,7 +176,7 @@ def embed(ids: Array, table: Array, *, out: Array | None = None) -> Array:
     out = _allocate(out, (*ids.shape, width))
     if ids.size:
         args = (out, ids, table, np.int32(rows), np.int32(width))
-        _run("embed", "embed", {"TABLE_TYPE": table}, (ids.size,), 256, args)
+        _run("embed", "embed", {"TABLE_TYPE": table}, (ids.size,), 256, args, dependent=True)
     return out
 
 
@@ -148,13 +190,13 @@ def rmsnorm(
         types = {"X_TYPE": x, "W_TYPE": weight, "OUT_TYPE": out}
         args = (out, x, weight, residual, np.int32(rows), np.int32(width), np.float32(eps))
         kind = "rmsnorm_" if residual is None else "rmsnorm_add_"
-        if width <= 1024:
+        if width <= 512:
             lanes = min(32, 1 << (_blocks(width, 16) - 1).bit_length())
             threads = min(256, 32 * _blocks(rows * lanes, 32))
-            entry, grid = kind + ("lanes" if width <= 512 else "warp"), _blocks(rows * lanes, threads)
+            entry, grid = kind + "lanes", _blocks(rows * lanes, threads)
         else:
             entry, grid, lanes, threads = kind + "row", rows, 1, 32 * min(32, _blocks(width, 512))
-        _run("rmsnorm", entry, types, (grid,), threads, (*args, np.int32(lanes)))
+        _run("rmsnorm", entry, types, (grid,), threads, (*args, np.int32(lanes)), dependent=True)
     return out
 
 
@@ -166,24 +208,28 @@ def matmul(x: Array, weight: Array, *, residual: Array | None = None, out: Array
         args = (out, x, weight, residual, np.int32(rows), np.int32(outputs), np.int32(width))
         types = {"X_TYPE": x, "W_TYPE": weight}
         if rows <= FEW_ROWS:
-            parts = _parts(_blocks(outputs, 2), width, _least_parts(width))
+            parts = _short_parts(_blocks(outputs, 2), width)
             entry, columns = ("matmul_row", 2) if rows == 1 else ("matmul_rows", 4)
-            _run("matmul", entry, types, (_blocks(outputs * parts, 8 * columns),), 256, (*args, np.int32(parts)))
+            grid = (_blocks(outputs * parts, 8 * columns),)
+            _run("matmul", entry, types, grid, 256, (*args, np.int32(parts)), dependent=True)
         elif _on_tensor_cores(x, weight):
-            _run_tiles("matmul", types, _tiles(x), rows, outputs, args)
+            _run_tiles("matmul", types, (x, weight), (out, residual), outputs, args)
         else:
             _run("matmul", "matmul_tile", types, (_blocks(outputs, 64), _blocks(rows, 64)), 256, args)
     return out
 
 
-def _parts(pairs: int, width: int, least: int = 1) -> int:
-    """Warps that share a pair of dot products: enough for 2,048 on the GPU, each with 256 elements or more."""
-    return next((n for n in (1, 2, 4) if n >= least and (n * pairs >= 2048 or 512 * n > width)), 8)
+def _parts(pairs: int, width: int, warps: int) -> int:
+    """Warps that share a pair of dot products: as many as an H100 holds at once, which is `warps`, but none with less than
+    256 elements."""
+    return next((n for n in (8, 4, 2) if n * pairs <= warps and 256 * n < width), 1)
 
 
-def _least_parts(width: int) -> int:
-    """Long sums are shared in any case: each warp ends sooner, and with it the last one (3 % for Qwen3-8B on an H100)."""
-    return 1 if width < 2048 else 2 if width < 4096 else 4
+def _short_parts(pairs: int, width: int) -> int:
+    """The same, but where more than three quarters of the loads would not be under way from the start four in any case: then
+    blocks are shorter, and with them the last ones (5 % for Qwen3-8B)."""
+    parts = _parts(pairs, width, 6336)
+    return parts if 2048 * parts >= width else 4
 
 
 def swiglu(x: Array, gate_proj: Array, up_proj: Array, *, out: Array | None = None) -> Array:
@@ -191,15 +237,15 @@ def swiglu(x: Array, gate_proj: Array, up_proj: Array, *, out: Array | None = No
     out = _allocate(out, (*x.shape[:-1], outputs))
     rows = x.size // width
     if 0 < rows <= FEW_ROWS and outputs:
-        parts = _parts(outputs, width, _least_parts(width))
+        parts = _short_parts(outputs, width)
         args = (out, x, gate_proj, up_proj, *map(np.int32, (rows, outputs, width, parts)))
         entry, columns = ("swiglu_row", 1) if rows == 1 else ("swiglu_rows", 2)
         types = {"X_TYPE": x, "W_TYPE": gate_proj, "OUT_TYPE": out}
-        _run("swiglu", entry, types, (_blocks(outputs * parts, 8 * columns),), 256, args)
+        _run("swiglu", entry, types, (_blocks(outputs * parts, 8 * columns),), 256, args, dependent=True)
     elif rows and outputs and _on_tensor_cores(x, gate_proj, up_proj):
         args = (out, x, gate_proj, up_proj, *map(np.int32, (rows, outputs, width)))
         types = {"X_TYPE": x, "W_TYPE": gate_proj, "OUT_TYPE": out}
-        _run_tiles("swiglu", types, _tiles(x), rows, 2 * outputs, args)
+        _run_tiles("swiglu", types, (x, gate_proj, up_proj), (out,), 2 * outputs, args)
     elif rows:
         silu_mul(matmul(x, gate_proj), matmul(x, up_proj), out=out)
     return out
@@ -240,15 +286,16 @@ def qkv_rope(
         sizes = map(np.int32, (tokens, heads, kv_heads, width, len(cos), height))
         targets = (None if array is None else rows for array in out[1:3])  # only what the caller named has such rows
         args = (q, k, v, q_ms, k_ms, x, q_proj, k_proj, v_proj, *vectors, cos, sin, positions, *targets, *sizes)
-        parts = _parts((heads + 2 * kv_heads) * dim // 2, width)
+        parts = _parts((heads + 2 * kv_heads) * dim // 2, width, 5280)
         entry, pairs = ("qkv_rope_row", 1) if tokens == 1 else ("qkv_rope_rows", 2)
         blocks = _blocks(dim // 2 * parts, 8 * pairs)
         leaves = 1 << (blocks - 1).bit_length()
         if tokens <= FEW_ROWS and tokens * (heads + kv_heads) * leaves <= launch.WORKSPACE_COUNTERS:
             args = (*args, np.int32(parts), np.int32(leaves), launch.workspace())
-            _run("qkv_rope", entry, types, (blocks, heads + 2 * kv_heads), 256, args)
+            _run("qkv_rope", entry, types, (blocks, heads + 2 * kv_heads), 256, args, dependent=True)
         elif dim in (64, 128) and tokens > FEW_ROWS and _on_tensor_cores(x, q_proj, k_proj, v_proj):
-            _run_tiles("qkv_rope", types, _tiles(x, dim), tokens, (heads + 2 * kv_heads) * dim, args)
+            columns = (heads + 2 * kv_heads) * dim
+            _run_tiles("qkv_rope", types, (x, q_proj, k_proj, v_proj), (q, k, v, cos, sin), columns, args, dim)
         else:
             _run("qkv_rope", "qkv_rope_tile", types, (_blocks(tokens, 32), heads + 2 * kv_heads), 2 * dim, args)
     return q, k, v, q_ms, k_ms
@@ -271,7 +318,8 @@ def qk_norm(
         sizes = map(np.int32, (heads, kv_heads, dim, len(k_out)))
         target = None if out[1] is None else rows  # only what the caller named has such rows
         args = (q_out, k_out, q, k, q_ms, k_ms, target, *sizes, np.float32(eps))
-        _run("qk_norm", "qk_norm", {"K_TYPE": k_out}, (tokens, heads + kv_heads), 128, args)
+        grid = (tokens, _blocks(heads + kv_heads, 4))
+        _run("qk_norm", "qk_norm", {"Q_TYPE": q_out, "K_TYPE": k_out}, grid, 128, args, dependent=True)
     return q_out, k_out
 
 
@@ -279,29 +327,54 @@ def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Ar
     tokens, heads, dim = q.shape
     rows, kv_heads, _ = keys.shape
     out = _allocate(out, q.shape)
-    if tokens:
+    if tokens > FEW_ROWS and dim in (64, 128) and _on_tensor_cores(q, keys, values, out):
+        _attention_tiles(out, q, keys, values, positions)
+    elif out.dtype != F32 or q.dtype != F32 or launch.address(q) % 16:
+        out[...] = attention(q.astype(F32), keys, values, positions)
+    elif tokens:
         types = {"KV_TYPE": keys, "HEAD_DIM": str(dim)}
-        sizes = map(np.int32, (heads, kv_heads, rows))
-        args = (out, q, keys, values, positions, *sizes, np.float32(dim**-0.5))
-        shares = _shares(tokens, heads, rows)
-        if shares == 1:
-            _run("attention", "attention_online", types, (tokens, heads), 256, args)
-        else:
-            partial, share = (
+        group = heads // kv_heads
+        together = group if group <= 2 else 4
+        blocks = kv_heads * _blocks(group, together)
+        shares = _shares(tokens * blocks, rows, dim)
+        scratch = (
+            (
                 launch.empty((tokens, heads, shares, dim), F32),
                 launch.empty((tokens, heads, shares, 2), F32),
+                launch.workspace(),
             )
-            _run("attention", "attention_split", types, (tokens, heads, shares), 256, (partial, share, *args[1:]))
-            merge = (out, partial, share, np.int32(heads), np.int32(shares))
-            _run("attention", "attention_merge", types, (tokens, heads), 128, merge)
+            if shares > 1
+            else (None, None, None)
+        )
+        sizes = map(np.int32, (heads, kv_heads, rows))
+        args = (out, q, keys, values, positions, *sizes, np.float32(dim**-0.5), *scratch)
+        grid = (tokens, blocks, shares)
+        _run("attention", f"attention_{together}", types, grid, 256, args, dependent=True)
     return out
 
 
-def _shares(tokens: int, heads: int, rows: int) -> int:
-    """Blocks that share the keys of one head of one query: enough to fill the GPU, each with 128 rows or more."""
-    if tokens > FEW_ROWS or rows <= 256:
-        return 1
-    return max(1, min(rows // 128, 512 // (tokens * heads), 32))
+def _attention_tiles(out: Array, q: Array, keys: Array, values: Array, positions: Array) -> None:
+    tokens, heads, dim = q.shape
+    cached, kv_heads, _ = keys.shape
+    sizes = map(np.int32, (tokens, heads, kv_heads, cached))
+    args = (out, q, keys, values, positions, *sizes, np.float32(dim**-0.5 / np.log(2)))
+    by_wgmma = q.dtype != F32 and launch.wgmma_processors() > 0
+    # Blocks of 128 queries fetch half as much as those of 64, but too few of them leave an H100's 132 SMs idle.
+    rows = 128 if q.dtype != F32 and _blocks(tokens, 128) * heads > (132 if by_wgmma else 512) else 64
+    grid = heads, _blocks(tokens, rows)
+    if by_wgmma:
+        types = {"OUT_TYPE": out, "HEAD_DIM": str(dim), "GROUPS": str(rows // 64)}
+        _run("attention_wgmma", "attention_wgmma", types, grid, 2 * rows + 128, args, 2 * dim * (rows + 4 * 128))
+    else:
+        types = {"Q_TYPE": q, "OUT_TYPE": out, "HEAD_DIM": str(dim), "ROWS": str(rows)}
+        parts, tile = (3, 32) if q.dtype == F32 else (1, 64)  # as the kernel has them
+        _run("attention_mma", "attention_mma", types, grid, 128, args, 2 * dim * (parts * rows + 4 * tile) + 16)
+
+
+def _shares(blocks: int, rows: int, dim: int) -> int:
+    """Blocks that share the keys of a head of a query: enough for two on each of an H100's 132 SMs, a tile or more each."""
+    tile = 1024 >> (_blocks(dim, 8) - 1).bit_length()
+    return max(1, min(_blocks(rows, tile), 264 // blocks, 64))
 
 
 def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
@@ -319,13 +392,12 @@ def argmax(x: Array, *, out: Array | None = None) -> Array:
         rows = x.size // width
         blocks = min(_blocks(width, 1024), 128) if width > 4096 and rows <= launch.WORKSPACE_COUNTERS else 1
         scratch = (launch.empty((rows, blocks), np.uint64), launch.workspace()) if blocks > 1 else (None, None)
-        _run("argmax", "argmax_row", {}, (blocks, rows), 256, (out, x, np.int32(width), *scratch))
+        _run("argmax", "argmax_row", {}, (blocks, rows), 256, (out, x, np.int32(width), *scratch), dependent=True)
     return out
 
 
-# Groups of consecutive ids by whose maxima `sample` bounds what it must look at: as many as the kernel has room for, but
-# none with less than 4 ids a lane.
-SAMPLE_GROUPS, SAMPLE_IDS_PER_LANE = 2048, 4
+# Of kernels/sample.cu: groups of consecutive ids at most, ids of a lane in a group at least, threads, bytes of `Shared`.
+SAMPLE_GROUPS, SAMPLE_IDS_PER_LANE, SAMPLE_THREADS, SAMPLE_SHARED_BYTES = 2048, 4, 256, 96 << 10
 
 
 def sample(
@@ -346,19 +418,22 @@ def sample(
     out = _allocate(out, (1,), np.int32)
     size = len(logits)
     per_lane = max(SAMPLE_IDS_PER_LANE, _blocks(size, 32 * SAMPLE_GROUPS))
-    groups = _blocks(size, 32 * per_lane)
+    shift = (32 * per_lane - 1).bit_length()
+    groups = _blocks(size, 1 << shift)
     kept = top_k if 0 < top_k < size else 0
-    summed = temperature > 0 and (kept > groups or (kept == 0 and (top_p < 1 or min_p == 0)))
-    sums = (launch.empty((groups,), np.float64), launch.empty((size,), np.float64)) if summed else (None, None)
-    numbers = np.int32(0 if uniforms is None else len(uniforms)), np.int32(kept)
-    reals = map(np.float64, (temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty))
-    args = (out, step, history, launch.empty((groups,), np.uint64), *sums, launch.workspace(), logits, uniforms)
-    _run(
-        "sample",
-        "sample",
-        {},
-        (_blocks(groups, 16),),
-        512,
-        (*args, np.int32(size), np.int32(per_lane), *numbers, *reals),
-    )
+    # two and a half segments or more for each token wanted: fewer let more tokens through, more take longer to compare
+    wanted = min(SAMPLE_GROUPS, max(64, _blocks(5 * kept, 2)))
+    segments = 1 << (wanted - 1).bit_length() if temperature > 0 and 0 < kept <= groups else 0
+    summed = temperature > 0 and not segments and (kept or top_p < 1 or min_p == 0)
+    tops = launch.empty((groups,), np.uint32) if segments else None
+    maxima = None if segments else launch.empty((groups,), np.uint64)
+    sums = launch.empty((groups,), np.float64) if summed else None
+    relative = launch.empty((size,), np.float64) if summed and top_p < 1 else None
+    inverse = min(1 / temperature, 1e308) if temperature > 0 else 0.0
+    reals = (temperature, inverse, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    sizes = (size, shift, segments, 0 if uniforms is None else len(uniforms), kept)
+    args = (out, step, history, tops, maxima, sums, relative, launch.workspace(), logits, uniforms)
+    args = (*args, *map(np.int32, sizes), *map(np.float64, reals))
+    grid = (_blocks(groups, SAMPLE_THREADS // 32),)
+    _run("sample", "sample", {}, grid, SAMPLE_THREADS, args, SAMPLE_SHARED_BYTES, dependent=True)
     return out

@@ -26,17 +26,35 @@ class Choice:
 
     def __init__(self, model: Qwen3, sampling: Sampling, prompt: Sequence[int], n_ids: int, max_tokens: int) -> None:
         self.model, self.n_ids, self.is_argmax = model, n_ids, sampling.is_argmax
-        self.settings = {key: value for key, value in vars(sampling).items() if key != "seed"}
-        sampler, upload = Sampler(sampling, prompt, n_ids), model.device.upload
+        self.room = max(256, 1 << (max_tokens - 1).bit_length())  # tokens
+        self.rules = _rules(sampling)
+        self.state = {name: model.device.upload(array) for name, array in self._start(sampling, prompt).items()}
+
+    def _start(self, sampling: Sampling, prompt: Sequence[int]) -> dict[str, np.ndarray]:
+        """What changes from token to token, as it is before the first."""
+        if sampling.is_argmax:
+            return {}
+        state: dict[str, np.ndarray] = {}
+        # without penalties no id counts, and counters of 151,669 take a millisecond
+        sampler = Sampler(sampling, prompt, self.n_ids) if sampling.has_penalties else Sampler(sampling, (), 1)
         if sampling.temperature > 0:
-            self.settings["uniforms"] = upload(sampler.uniforms(max_tokens))
-            self.settings["step"] = upload(np.zeros(1, np.int32))
+            state |= {"uniforms": sampler.uniforms(self.room), "step": np.zeros(1, np.int32)}
         if sampling.has_penalties:
-            self.settings["history"] = upload(sampler.history())
+            state["history"] = sampler.history()
+        return state
+
+    def restart(self, sampling: Sampling, prompt: Sequence[int], max_tokens: int) -> bool:
+        """Begin another answer, in the same memory, so that recordings stay valid. False where that cannot be: for other
+        settings, or more tokens."""
+        if _rules(sampling) != self.rules or max_tokens > self.room:
+            return False
+        for name, array in self._start(sampling, prompt).items():
+            self.model.device.copy(self.state[name], self.model.device.upload(array))
+        return True
 
     def __call__(self, logits: Array, ids: Array) -> None:
         """Choose by `logits` [1, V]; the token's id goes to ids [1] int32."""
-        self.model.device.operations.sample(logits[0, : self.n_ids], **self.settings, out=ids)
+        self.model.device.operations.sample(logits[0, : self.n_ids], **self.rules, **self.state, out=ids)
 
     def first(self, logits: Array, ids: Array) -> None:
         """The same for the first token. A greedy one on a GPU needs no `sample`, which takes seconds to compile once on a
@@ -88,6 +106,11 @@ class Decoder:
             self.state, self.position = model.device.upload(np.zeros(2, np.int32)), model.device.empty((1,), np.int32)
         self.ids = self.state[:1]
 
+    def follow(self, choice: Choice) -> None:
+        """Choose by `choice` from the next step on. What was recorded with another one is given up."""
+        if choice is not self.choice:
+            self.choice, self.launch, self.eager_steps = choice, None, 0
+
     def step(self, ids: Array) -> Array:
         """Append one token, ids [1] int32 on the model's device; return its logits [1, V], which the next step overwrites.
 
@@ -131,6 +154,10 @@ class Decoder:
         ):  # that kernel takes the arg-max itself
             self.choice(logits, self.ids)
         return logits
+
+
+def _rules(sampling: Sampling) -> dict[str, Any]:
+    return {key: value for key, value in vars(sampling).items() if key != "seed"}
 
 
 def _obstacle(model: Qwen3) -> str | None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from cuqwen import launch
+from cuqwen import cuda, launch
+from cuqwen.cache import KVCache
 from cuqwen.decode import Choice, Decoder
-from cuqwen.model import Qwen3
+from cuqwen.model import Progress, Qwen3
+from cuqwen.prompt import ShortPrompts
 from cuqwen.sampling import Sampling
 from cuqwen.tokenizer import Tokenizer
 
-# Prompt tokens that go through the model together: bounds the workspace, and an interrupt takes effect between two.
-PROMPT_CHUNK = 1024
+Array = Any
+
+CACHE_GRAIN = 256  # rows: caches are multiples of it
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,22 @@ class Step:
 
     text: what can be shown now, complete characters only; "" while a character or a possible stop string is incomplete.
     token: its id. finish_reason: None while more follows; "stop" after an end token or a stop string (neither is part of
-    the text); "length" when `max_tokens` is reached.
+    the text); "length" when `max_tokens` is reached. logprob: the natural logarithm of its probability by the raw logits,
+    before penalties, temperature and filters; top_logprobs: (id, logprob) of the most likely tokens, descending. Both None
+    unless asked for.
     """
 
     text: str
     token: int
     finish_reason: Literal["stop", "length"] | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
 
 
 class StopStrings:
     """Finds stop strings in text that arrives in pieces, and holds back what may be the beginning of one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Iterable[str]) -> None:
         self.stops = tuple(stops)
         self.pending = ""
 
@@ -62,27 +69,116 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+class Sequence:
+    """One text on the device, kept from answer to answer: the ids read and written so far, their cache and their decoder.
+
+    A prompt that begins as that text does is read from where the two part. The result is the same but for roundings: keys
+    and values of an earlier answer's tokens were computed one token at a time, those of a prompt many at a time.
+
+    limit: rows that all caches of this text together may have, at most.
+    """
+
+    def __init__(self, model: Qwen3, limit: int) -> None:
+        self.model, self.limit = model, limit
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the text and free its memory."""
+        self.ids: list[int] = []  # those in the cache, and what is to follow
+        self.cache: KVCache | None = None
+        self.short_prompts: ShortPrompts | None = None
+        self.decoder: Decoder | None = None
+        self.choice: Choice | None = None
+
+    def begin(self, prompt: list[int], max_tokens: int) -> KVCache:
+        """The cache for `prompt` and `max_tokens` more, with as many rows in use as need not be computed again.
+
+        The last tokens of a prompt are always read, for their logits: one on the CPU, on a GPU as many as make a prompt
+        that takes the way of longer ones, whose kernels are compiled by then. A cache that is too small gives way to one
+        twice as large, with its rows if both fit into `limit`; otherwise they are computed again.
+        """
+        least = 1 if self.model.device.name == "cpu" else cuda.FEW_ROWS + 1
+        shared = max(0, min(self._shared(prompt), len(prompt) - least))
+        needed, cache = len(prompt) + max_tokens, self.cache
+        if cache is None or cache.capacity < needed:
+            old, self.decoder, self.short_prompts = cache, None, None  # these have the addresses of the old one
+            capacity = min(self.limit, max(_round_up(needed), 0 if old is None else 2 * old.capacity))
+            if old is None or shared == 0 or old.capacity + capacity > self.limit:
+                self.cache = cache = old = None
+                shared = 0
+                if self.model.device.name != "cpu":
+                    launch.release_memory()  # the pool would keep the old one for something of its size
+            else:
+                old.length = shared
+            cache = self.model.new_cache(capacity)
+            if old is not None:
+                cache.take(old, self.model.device.copy)
+            self.cache = cache
+        cache.length, self.ids = shared, list(prompt)
+        return cache
+
+    def read(self, prompt: list[int], cache: KVCache, progress: Progress | None) -> Array:
+        """Read what of `prompt` is not in `cache` yet; the logits of its last token [1, V]."""
+        ids = np.asarray(prompt[cache.length :], np.int32)
+        if self.model.device.name != "cpu":
+            if self.short_prompts is None:
+                self.short_prompts = ShortPrompts(self.model, cache)
+            logits = self.short_prompts.read(ids)
+            if logits is not None:
+                if progress is not None:
+                    progress(len(prompt), len(prompt))
+                return logits
+        return self.model.read(ids, cache, progress=progress)
+
+    def _shared(self, prompt: list[int]) -> int:
+        """How many ids at the beginning of `prompt` are those in the cache."""
+        count = 0 if self.cache is None else min(self.cache.length, len(self.ids), len(prompt))
+        if self.ids[:count] == prompt[:count]:
+            return count
+        return next(i for i in range(count) if self.ids[i] != prompt[i])
+
+    def decode(
+        self, cache: KVCache, sampling: Sampling, prompt: list[int], n_ids: int, max_tokens: int
+    ) -> tuple[Decoder, Choice]:
+        """What continues the text in `cache`, as `begin` gave it. Both are kept, and with them what was recorded, as long as
+        the cache and the settings stay."""
+        if self.choice is None or not self.choice.restart(sampling, prompt, max_tokens):
+            self.choice = Choice(self.model, sampling, prompt, n_ids, max_tokens)
+        if self.decoder is None:
+            self.decoder = Decoder(self.model, cache, self.choice)
+        self.decoder.follow(self.choice)
+        return self.decoder, self.choice
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // CACHE_GRAIN) * CACHE_GRAIN
+
+
 def generate_steps(
-    model: Qwen3,
+    sequence: Sequence,
     tokenizer: Tokenizer,
-    prompt: Sequence[int],
+    prompt: list[int],
     *,
     sampling: Sampling,
     max_tokens: int,
-    stop: Sequence[str],
-    end_ids: Sequence[int],
+    stop: Iterable[str],
+    end_ids: Collection[int],
+    progress: Progress | None = None,
+    logprobs: int = 0,
 ) -> Iterator[Step]:
     """Continue `prompt` (token ids, at least one) by up to `max_tokens` tokens.
 
     Ends after a token of `end_ids`, after a string of `stop`, or at `max_tokens`. The caller has checked the arguments.
+    However it ends, `sequence` can be used again.
     """
-    cache = model.new_cache(len(prompt) + max_tokens)
-    choice = Choice(model, sampling, prompt, tokenizer.n_ids, max_tokens)
-    stream, stops, decoder = tokenizer.stream(), StopStrings(stop), Decoder(model, cache, choice)
+    model, cache = sequence.model, sequence.begin(prompt, max_tokens)
+    logits = sequence.read(prompt, cache, progress)
+    # made while a GPU reads the prompt
+    decoder, choice = sequence.decode(cache, sampling, prompt, tokenizer.n_ids, max_tokens)
+    stream, stops = tokenizer.stream(), StopStrings(stop)
     # On a GPU the next step is on its way before this one's token is looked at, so that it need not wait for the host; after
-    # the last token of an answer one step too many has been made.
-    ahead = model.device.name != "cpu"
-    logits = _read_prompt(model, prompt, cache)
+    # the last token of an answer one step too many has been made. That step overwrites the logits.
+    ahead = model.device.name != "cpu" and not logprobs
     choice.first(logits, decoder.ids)
     read = launch.read_later(decoder.state)
     for count in range(1, max_tokens + 1):
@@ -92,23 +188,26 @@ def generate_steps(
         else:
             read_this = read
         token = choice.check(read_this(), logits)
+        sequence.ids.append(token)
+        scores = _logprobs(logits, token, tokenizer.n_ids, logprobs) if logprobs else ()
         ended = token in end_ids
         text, stopped = stops.push("" if ended else stream.push(token))
         if (ended or last) and not stopped:
             tail, stopped = stops.push(stream.finish())
             text += tail if stopped else tail + stops.finish()
         if ended or stopped or last:
-            yield Step(text, token, "stop" if ended or stopped else "length")
+            yield Step(text, token, "stop" if ended or stopped else "length", *scores)
             return
-        yield Step(text, token)
+        yield Step(text, token, None, *scores)
         if not ahead:
             logits, read = decoder.step(decoder.ids), launch.read_later(decoder.state)
 
 
-def _read_prompt(model: Qwen3, prompt: Sequence[int], cache: Any) -> Any:
-    """Run the prompt through the model and return the logits of its last token, [1, V]."""
-    ids = model.device.upload(np.asarray(prompt, np.int32))
-    for first in range(0, len(prompt), PROMPT_CHUNK):
-        chunk = ids[first : first + PROMPT_CHUNK]
-        logits = model.forward(chunk, cache, rows=int(first + len(chunk) == len(prompt)))
-    return logits
+def _logprobs(logits: Array, token: int, n_ids: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Of `token` and of the `count` most likely ones among the first n_ids, by logits [1, V]."""
+    row = (logits.get() if launch.is_gpu_array(logits) else logits)[0, :n_ids].astype(np.float64)
+    top = row.max()
+    row -= top + np.log(np.exp(row - top).sum())
+    best = np.argpartition(-row, min(count, n_ids) - 1)[:count]
+    best = best[np.lexsort((best, -row[best]))]
+    return float(row[token]), tuple((int(i), float(row[i])) for i in best)

@@ -25,6 +25,7 @@ _SMALL_FILES = (*_NEEDED_FILES, "generation_config.json", "tokenizer_config.json
 # "owner/name" or "name"; the client checks the finer rules
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 _LOGIN = "set HF_TOKEN or run `hf auth login`"
 
 
@@ -52,6 +53,62 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None, progr
     if revision is not None:
         raise ValueError(f"revision {revision!r} needs a hub id, but {os.fspath(model)!r} is the local folder {folder}")
     return folder
+
+
+Headers = dict[str, tuple[str, tuple[int, ...], int]]  # tensor: (safetensors' name of its dtype, shape, bytes)
+
+
+def read_headers(model: str | os.PathLike[str], *, revision: str | None = None) -> tuple[Path, dict[str, Headers]]:
+    """(a folder with config.json, the headers of the weight files by file name) of `model`, without reading weights.
+
+    `model` and `revision` as for `resolve`. Of a hub id config.json and the index are downloaded, and of weight files that
+    are not in the cache the first bytes. Raises as `resolve` does.
+    """
+    folder = _local_folder(model)
+    if folder is not None:
+        folder = resolve(model, revision=revision)
+        return folder, {name: _local_header(folder / name) for name in _weight_files(folder)}
+    from huggingface_hub import HfApi, snapshot_download
+
+    model_id = str(model)
+    with _hub_call(model_id, revision):
+        folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=["config.json", INDEX_FILE]))
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(_lacks_files(model_id, ["config.json"]))
+    headers: dict[str, Headers] = {}
+    for name in _weight_files(folder):
+        if (folder / name).is_file():
+            headers[name] = _local_header(folder / name)
+            continue
+        with _hub_call(model_id, revision, file=name):
+            found = HfApi().parse_safetensors_file_metadata(model_id, name, revision=folder.name)
+        headers[name] = {
+            key: (info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+            for key, info in found.tensors.items()
+        }
+    return folder, headers
+
+
+def _local_header(path: Path) -> Headers:
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > _LARGEST_HEADER:
+                raise ValueError(f"a header of {size} bytes")
+            entries = json.loads(file.read(size))
+        return {
+            key: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+            for key, entry in entries.items()
+            if key != "__metadata__"
+        }
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); download the checkpoint again, or check the permissions"
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: wanted a safetensors file, got something else ({error}); download it again"
+        ) from error
 
 
 def _local_folder(model: str | os.PathLike[str]) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +33,14 @@ class DeviceError(RuntimeError):
     """There is no usable NVIDIA GPU, or what CuPy needs to reach it is missing."""
 
 
-def source(file: str) -> str:
+ENTRY = re.compile(r'extern "C" (__global__\s+void\s+(?:__\w+__\((?:[^()]|\([^()]*\))*\)(?:\s|//.*)*)*(\w+))')
+
+
+def source(file: str, entry: str | None = None) -> str:
     """The text of `kernels/<file>.cu` with our own headers pasted in, each once.
+
+    With `entry`, all other entry points are templates that nobody instantiates: the one that is needed takes 0.1 to 0.5
+    seconds to compile where all of qkv_rope take 1.7.
 
     CuPy's disk cache is keyed by the source text and not by the files that it includes, so a changed header would
     otherwise bring back the old kernel. `#line` keeps compiler messages pointing at the real files.
@@ -56,18 +63,24 @@ def source(file: str) -> str:
                 lines += [paste(include[1]), f'#line {number + 1} "kernels/{name}"']
         return "\n".join([f'#line 1 "kernels/{name}"', *lines])
 
-    return paste(f"{file}.cu") + "\n"
+    text = paste(f"{file}.cu") + "\n"
+    if entry is None:
+        return text
+    return ENTRY.sub(lambda found: found[0] if found[2] == entry else f"template <int> {found[1]}", text)
 
 
 @functools.cache
 def load_function(file: str, entry: str, defines: Defines) -> Launch:
     """Compile `kernels/<file>.cu` with `-D` for each of `defines` and return its entry point as
-    `launch(grid, block, args, shared_bytes=0)`, which runs on CuPy's current stream.
+    `launch(grid, block, args, shared_bytes=0, dependent=False)`, which runs on CuPy's current stream.
+
+    `dependent` says that the kernel waits by itself (griddepcontrol_wait in kernels/ptx.cuh) before it reads what launches
+    before it have written, or writes: inside `record` it may then start while they still run.
 
     CuPy keeps the compiled code on disk; this function remembers the entry points of this process.
     """
     try:
-        function = _module(file, defines).get_function(entry)
+        function = _module(file, defines, entry).get_function(entry)
     except Exception as error:  # CuPy raises CompileException, NVRTCError or RuntimeError
         if is_out_of_memory(error):
             raise
@@ -77,7 +90,13 @@ def load_function(file: str, entry: str, defines: Defines) -> Launch:
             'pip install "cuqwen[cuda13]" or "cuqwen[cuda12]", or use device="cpu" (--device cpu)'
         ) from error
 
-    def launch(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_bytes: int = 0) -> None:
+    def launch(
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Any, ...],
+        shared_bytes: int = 0,
+        dependent: bool = False,
+    ) -> None:
         for i, arg in enumerate(args):
             if isinstance(arg, (bool, int, float)) and not isinstance(arg, np.generic):  # np.float64 is a float
                 # CuPy would hand over 8 bytes: a float parameter would read half of a double
@@ -86,15 +105,73 @@ def load_function(file: str, entry: str, defines: Defines) -> Launch:
                 )
         if shared_bytes > DEFAULT_SHARED_BYTES:
             function.max_dynamic_shared_size_bytes = shared_bytes  # CuPy remembers the value: later calls cost little
-        function(grid, block, args, shared_mem=shared_bytes)
+        if dependent and _overlapping:
+            _launch_dependent(entry, function.kernel.ptr, grid, block, args, shared_bytes)
+        else:
+            function(grid, block, args, shared_mem=shared_bytes)
 
     return launch
 
 
+_overlapping = False  # inside `record`, on a GPU that has dependent launches
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = (("id", ctypes.c_int), ("value", ctypes.c_int * 17))
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("number", ctypes.c_uint),
+    )
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+
+
+def _launch_dependent(
+    entry: str, function: int, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_bytes: int
+) -> None:
+    """What CuPy's launch does, with the attribute that lets the kernel start before those before it have ended."""
+    values = [
+        ctypes.create_string_buffer(arg.tobytes(), arg.itemsize)
+        if isinstance(arg, np.generic)
+        else ctypes.c_void_p(None if arg is None else address(arg))
+        for arg in args
+    ]
+    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
+    attribute.value[1] = 1  # the id is padded to 8 bytes
+    sizes = ((ctypes.c_uint * 3)(*(*map(int, dims), 1, 1)[:3]) for dims in (grid, block))
+    stream = cupy().cuda.get_current_stream().ptr
+    config = _Config(*sizes, shared_bytes, stream, ctypes.pointer(attribute), 1)
+    error = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), pointers, None)
+    if error:
+        raise DeviceError(f"{entry}: cuLaunchKernelEx: wanted CUDA_SUCCESS, got CUresult {error}; update the driver")
+
+
 @functools.cache
-def _module(file: str, defines: Defines) -> Any:
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+def _has_dependent_launches() -> bool:
+    """Whether this GPU (Hopper or later) and its driver (CUDA 12.3 or later) let recorded launches overlap."""
+    cuda = cupy().cuda
+    return int(cuda.Device().compute_capability) >= 90 and cuda.runtime.driverGetVersion() >= 12030
+
+
+@functools.cache
+def _module(file: str, defines: Defines, entry: str | None = None) -> Any:
     options = ("--std=c++17", *(f"-D{name}={value}" for name, value in defines))
-    return cupy().RawModule(code=source(file), options=options)
+    if cupy().cuda.Device().compute_capability == "90":
+        options += ("-arch=sm_90a",)  # goes before CuPy's sm_90: with wgmma, which no other architecture has
+    return cupy().RawModule(code=source(file, entry), options=options)
 
 
 @functools.cache
@@ -187,8 +264,10 @@ def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     `work` must not wait for the GPU and must have run before, so that its kernels are compiled. It is not executed here.
     Its temporary arrays come from a memory pool of the graph's own, which nothing else can hand out again; the launcher
     keeps it, and all arrays that it has handed out keep it too. For their sake, and for that of the graph's `workspace`,
-    two launches of one graph must follow each other and not overlap.
+    two launches of one graph must follow each other and not overlap. Its launches may overlap with each other, but for what
+    the operations know to follow from what; what they take as weights, tables and positions `work` must not write.
     """
+    global _overlapping
     cp = cupy()
     cp.get_default_memory_pool().free_all_blocks()  # the graph's own pool cannot take its idle blocks
     pool, stream = cp.cuda.MemoryPool(), cp.cuda.Stream(non_blocking=True)
@@ -196,6 +275,7 @@ def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         key = cp.cuda.Device().id, stream.ptr
         counters = _workspaces[key] = _zeros(WORKSPACE_COUNTERS)
         stream.begin_capture()
+        _overlapping = _has_dependent_launches()
         try:
             result = work()
         except BaseException:
@@ -203,6 +283,7 @@ def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
                 stream.end_capture()
             raise
         finally:
+            _overlapping = False
             del _workspaces[key]
         graph = stream.end_capture()
 
@@ -215,6 +296,11 @@ def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 def release_staging() -> None:
     """Free the page-locked host memory through which arrays were uploaded; CuPy keeps it otherwise."""
     cupy().get_default_pinned_memory_pool().free_all_blocks()
+
+
+def release_memory() -> None:
+    """Give GPU memory that no array uses back to the driver."""
+    cupy().get_default_memory_pool().free_all_blocks()
 
 
 def free_bytes() -> int:
@@ -235,6 +321,43 @@ def max_shared_bytes() -> int:
     return cupy().cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
 
+def wgmma_processors() -> int:
+    """How many multiprocessors this GPU has, if they have wgmma (compute capability 9.0), else 0."""
+    return _wgmma_processors(cupy().cuda.Device().id)
+
+
+@functools.cache
+def _wgmma_processors(device_id: int) -> int:
+    device = cupy().cuda.Device(device_id)
+    return device.attributes["MultiProcessorCount"] if device.compute_capability == "90" else 0
+
+
+def tensor_map(matrix: Any, box_rows: int) -> np.ndarray:
+    """What bulk_copy_2d (kernels/ptx.cuh) must know of a bf16 matrix [.., C] on the GPU, C-contiguous, to copy boxes of
+    `box_rows` rows (up to 256) and 64 columns: a CUtensorMap in an array of one, which is how CuPy passes a structure.
+
+    The matrix must begin at a multiple of 16 bytes, C be a multiple of 8. Raises DeviceError for what the driver refuses.
+    """
+    columns = matrix.shape[-1]
+    return _tensor_map(address(matrix), matrix.size // columns, columns, box_rows)
+
+
+@functools.lru_cache(4096)
+def _tensor_map(start: int, rows: int, columns: int, box_rows: int) -> np.ndarray:
+    bf16, bytes_of_swizzle, bytes_in_l2 = 9, 3, 3  # of CUtensorMapDataType; 128 and 256 bytes
+    memory = np.zeros(128 + 64, np.uint8)
+    place = memory[-memory.ctypes.data % 64 :][:128]  # the driver wants it so
+    sizes, pitch = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns)
+    box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    error = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(place.ctypes.data), bf16, 2, ctypes.c_void_p(start), sizes, pitch, box, steps,
+        0, bytes_of_swizzle, bytes_in_l2, 0,
+    )  # fmt: skip
+    if error:
+        raise DeviceError(f"tensor_map: {rows} x {columns} at {start:#x}: cuTensorMapEncodeTiled gave CUresult {error}")
+    return place.copy().view("V128")
+
+
 def resident_blocks(file: str, entry: str, defines: Defines, threads: int, shared_bytes: int) -> int:
     """How many blocks of a kernel this GPU, or the part of it that this process has, can run at the same time.
 
@@ -250,7 +373,7 @@ def _resident_blocks(device_id: int, file: str, entry: str, defines: Defines, th
     if int(device.compute_capability) < 90 or shared_bytes > max_shared_bytes():
         return 0
     load_function(file, entry, defines)  # for its errors
-    function = _module(file, defines).get_function(entry)
+    function = _module(file, defines, entry).get_function(entry)
     function.max_dynamic_shared_size_bytes = shared_bytes
     blocks = cp.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, threads, shared_bytes)
     return blocks * device.attributes["MultiProcessorCount"]

@@ -402,9 +402,9 @@ def qk_norm(
     """The scalar part of Qwen3's per-head normalisation: `q / sqrt(q_ms + eps)` and `k / sqrt(k_ms + eps)`.
 
     q [..., H, D], k [..., K, D], q_ms [..., H], k_ms [..., K], float32, as `qkv_rope` returns them; returns (q, k) float32.
-    `out` may name either; q and k may be the same arrays as the inputs, k may also be rounded to bf16 or f16. With `rows`
-    [...], integers in 0..S-1, k of a token goes to the row that `rows` has for it of out[1], which is then [S, K, D]: the
-    keys of a cache.
+    `out` may name either; q and k may be the same arrays as the inputs, q may also be rounded to bf16, k to bf16 or f16.
+    With `rows` [...], integers in 0..S-1, k of a token goes to the row that `rows` has for it of out[1], which is then
+    [S, K, D]: the keys of a cache.
 
     >>> import numpy as np
     >>> q = np.array([[[3.0, 4.0]]], np.float32)
@@ -419,7 +419,7 @@ def qk_norm(
     rows = check.integers("rows", rows, "...", optional=True)
     if len(out) != 2:
         raise ValueError(f"qk_norm: out: wanted two arrays or None (q, k), got {len(out)}")
-    check.out("out[0] (q)", out[0], (*check.lead, *q.shape[-2:]), F32, "q")
+    check.out("out[0] (q)", out[0], (*check.lead, *q.shape[-2:]), ACTIVATIONS, "q")
     check.rows("out[1] (k)", out[1], rows, k.shape[-2:], "k")
     _check_eps("qk_norm", eps)
     cached = rows is not None and out[1] is not None
@@ -432,9 +432,10 @@ def qk_norm(
 def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Array | None = None) -> Array:
     """Causal softmax attention with grouped heads over cached rows: a query at position p sees rows 0..p.
 
-    q [..., H, D] float32; keys, values [S, K, D] of one type, float32, bf16 or f16, with H a multiple of K; positions [...]
-    integers in 0..S-1; returns [..., H, D] float32; `out` may be the same array as q. Head h uses row group h K // H; scores
-    are scaled by 1/sqrt(D). On the GPU D is a multiple of 8 up to 256.
+    q [..., H, D] float32 or bf16; keys, values [S, K, D] of one type, float32, bf16 or f16, with H a multiple of K;
+    positions [...] integers in 0..S-1; returns [..., H, D] float32, or bf16 into `out`, which may be the same array as q.
+    Head h uses row group h K // H; scores are scaled by 1/sqrt(D). On the GPU D is a multiple of 8 up to 256, and with bf16
+    q, keys and values the weights of more than a few queries are rounded to bf16 too.
     (Vaswani et al., arXiv 1706.03762; Ainslie et al., arXiv 2305.13245.)
 
     >>> import numpy as np
@@ -444,7 +445,7 @@ def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Ar
            [2., 3.]], dtype=float32)
     """
     check = _Check("attention")
-    check.array("q", q, "... H D", F32)
+    check.array("q", q, "... H D", ACTIVATIONS)
     check.array("keys", keys, "S K D", FLOATS)
     check.array("values", values, "S K D", {keys.dtype})
     positions = check.integers("positions", positions, "...")
@@ -459,7 +460,7 @@ def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Ar
             raise ValueError(
                 f"attention: {name}: wanted 16-byte aligned memory on the GPU, got a view off it; use .copy()"
             )
-    check.out("out", out, (*check.lead, heads, dim), F32, "q")
+    check.out("out", out, (*check.lead, heads, dim), ACTIVATIONS, "q")
     queries, target = check.flat(q, 2), check.flat_out(out, 2)
     result = check.backend.attention(queries, keys, values, check.flat(positions, 0), out=target)
     return check.shaped(result, out)

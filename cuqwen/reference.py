@@ -130,7 +130,7 @@ def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Ar
         raise ValueError(
             f"attention: positions: wanted 0..{len(keys) - 1}, the rows of keys, got {positions.min()}..{positions.max()}"
         )
-    result = np.empty((tokens, heads, dim), dtype)
+    q, result = q.astype(dtype, copy=False), np.empty((tokens, heads, dim), dtype)
     block = 256  # queries at a time: bounds the scores to H x 256 x S
     for first in range(0, tokens, block):
         at = positions[first : first + block]

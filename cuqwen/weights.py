@@ -106,6 +106,17 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
     return names
 
 
+def stored(folder: Path, config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, "BF16", "F16" or "F32") of each tensor that `read` would hand on, by checkpoint name: from the headers alone.
+
+    Raises CheckpointError as `read` does.
+    """
+    tensors = _survey(Path(folder), config)
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
 def read(
     folder: Path,
     config: Config,

@@ -32,11 +32,12 @@ __device__ __forceinline__ Key warp_best(Key best) {
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-argmax_row(int* __restrict__ out, const float* __restrict__ x, int N, Key* __restrict__ partial, int* __restrict__ counters) {
+argmax_row(int* __restrict__ out, const float* x, int N, Key* __restrict__ partial, int* __restrict__ counters) {
     __shared__ Key keys[8];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = gridDim.x, row = blockIdx.y;
     const int me = blockIdx.x * 256 + threadIdx.x, count = blocks * 256;
     x += (size_t)row * N;
+    wait_for_launches_before();
     Key best = 0;  // below every key
     if ((size_t)x % 16 == 0) {
 #pragma unroll 2

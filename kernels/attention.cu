@@ -3,10 +3,8 @@
 //     s[j] = (q[t, h] . keys[j, h K/H]) / sqrt(D)   for j = 0..positions[t]
 //     out[t, h] = sum_j softmax(s)[j] values[j, h K/H]
 //
-// Entry points attention_online       more than 4 queries, a cache of at most 256 rows, or so many heads that they fill the
-//                                     GPU: a block a head of a query
-//              attention_split        otherwise: that block's keys shared out over Z blocks, so that one query over a long
-//              attention_merge        cache fills the GPU; then their partial results are merged
+// Entry points attention_1, _2, _4    a block that many query heads of one key head, so that they read its rows once: the
+//                                     lowest that is not below H/K, else 4
 // Arguments    out        [T, H, D]  float32; may be q
 //              q          [T, H, D]  float32
 //              keys       [S, K, D]  KV_TYPE, 16-byte aligned
@@ -14,131 +12,226 @@
 //              positions  [T]        int32; query t sees rows 0..positions[t]; one outside 0..S-1 gives NaN
 //              H, K, S               int32, H a multiple of K
 //              scale                 float32, 1/sqrt(D)
-//              partial    [T, H, Z, D] float32, sums of exp(s - top) v over the keys of a share
-//              share      [T, H, Z, 2] float32, top = the share's largest score (-inf for no key) and sum of exp(s - top)
+//              partial    [T, H, Z, D] float32, scratch: sums of exp(s - top) v over the keys of a share; null if Z = 1
+//              share      [T, H, Z, 2] float32, scratch: top = the share's largest score, and sum of exp(s - top); likewise
+//              counters   [T ceil(H/K / heads) K] int32, zeros, and left so; likewise
 // Constants    KV_TYPE               bf16 | f16 | f32      HEAD_DIM  D, a multiple of 8 from 8 to 256
-// Work         256 threads; eight lanes share a key, so 32 keys, a tile, are under way at once; 128 D + 384 bytes of shared
-//              memory. attention_online: grid (T, H). attention_split: grid (T, H, Z), block z takes tiles z, z + Z, ...
-//              attention_merge: grid (T, H), 128 threads, no shared memory
+// Work         256 threads; D/8 lanes, rounded up to a power of two, share a key, and four keys for each group of lanes are a
+//              tile; up to 35 KB of shared memory. Grid (T, K ceil(H/K / heads), Z): block z takes tiles z, z + Z, ..., with Z no
+//              more than there are tiles, and 1 for two; the last block to finish merges the shares
 // Precision    scores, online softmax (running maximum and sum), accumulation and merge in float32; nothing is rounded
-// Error bound  (S/32 + D/8 + 16) eps32 (max|s| + 1) times max|values|
-// Traffic      2 S K D sizeof(KV_TYPE) bytes for each query at most (shared by a group through the cache), 4 S H D FLOP
-// Determinism  keys go to lane groups, and groups and shares merge, in a fixed order: with one entry point and one Z a
-//              query's result depends on nothing but its own row and the cache. Z follows from T, H and S
+// Error bound  2 (S/G + G + Z + 16 + 34 m) eps32 times max|values|, with G = threads/lanes groups to which the keys go, and m
+//              the largest sum_d |q keys| / sqrt(D): a score takes at most 13 roundings, its factor and exp some more
+// Traffic      2 S K D sizeof(KV_TYPE) bytes for each query at most (shared by up to 4 heads of a group), 4 S H D FLOP
+// Determinism  keys go to lane groups, and groups and shares merge, in a fixed order: with one Z a query's result depends on
+//              nothing but its own row and the cache. Z follows from T, H, K and S
+// Limits       Z > 1: T K ceil(H/K / heads) <= 4096, launch.workspace()
 // Wrapper cuda.attention · truth reference.attention · test tests/test_ops.py · benchmark benchmarks/ops.py
 #include "common.cuh"
 
 constexpr int D = HEAD_DIM;
 
-constexpr int LANES = 8, GROUPS = 32, OWN = D / LANES;  // lanes sharing a key, keys under way, elements of it per lane
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+// Lanes that share a key, 8 elements each, and groups of them.
+constexpr int LANES = D > 128 ? 32 : D > 64 ? 16 : D > 32 ? 8 : D > 16 ? 4 : D > 8 ? 2 : 1, GROUPS = THREADS / LANES;
 
-__device__ __forceinline__ void load_own(const KV_TYPE* p, float (&v)[OWN]) {
-    if constexpr (OWN % 8 == 0) {  // rows are multiples of 64 elements, hence 16-byte aligned whenever the cache is
+struct Eight { uint4 bits[sizeof(KV_TYPE) / 2]; };  // elements
+
+__device__ __forceinline__ Eight load_bits(const KV_TYPE* p) {
+    Eight e;
 #pragma unroll
-        for (int i = 0; i < OWN; i += 8) load8(p + i, reinterpret_cast<float(&)[8]>(v[i]));
-    } else {
-#pragma unroll
-        for (int i = 0; i < OWN; i++) v[i] = to_float(p[i]);
-    }
+    for (int i = 0; i < (int)sizeof(KV_TYPE) / 2; i++) e.bits[i] = reinterpret_cast<const uint4*>(p)[i];
+    return e;
 }
 
-// Sum over the eight lanes of a group; each of them gets it.
-__device__ __forceinline__ float group_sum(float x) {
+// Over the lanes of a warp whose numbers differ in the bits from FIRST to below LAST; each of them gets it.
+template <int FIRST, int LAST, class F> __device__ __forceinline__ float reduce(float x, F f) {
 #pragma unroll
-    for (int offset = LANES / 2; offset; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    for (int offset = FIRST; offset < LAST; offset *= 2) x = f(x, __shfl_xor_sync(0xffffffffu, x, offset));
     return x;
 }
 
-// The tiles of keys blockIdx.z, blockIdx.z + gridDim.z, ... of one head of one query. Returns their largest score and sum
-// of exp(score - largest) to every thread, and calls put(d, sum_j exp(score_j - largest) values[j, d], that sum of exp) once for each d.
-template <class Put>
-__device__ __forceinline__ float2 attend(const float* q, const KV_TYPE* __restrict__ keys, const KV_TYPE* __restrict__ values,
-                                         int last, int H, int K, float scale, Put put) {
-    __shared__ float sums[GROUPS][D], maxima[GROUPS], weights[GROUPS];
-    const int h = blockIdx.y, group = threadIdx.x / LANES, first = threadIdx.x % LANES * OWN;
-    const size_t row = (size_t)K * D;
-    keys += (size_t)(h / (H / K)) * D + first;
-    values += (size_t)(h / (H / K)) * D + first;
-
-    float query[OWN], acc[OWN];
-#pragma unroll
-    for (int i = 0; i < OWN; i++) query[i] = q[first + i] * scale, acc[i] = 0.0f;
-    float maximum = MINUS_INFINITY, weight = 0.0f;
-    // every lane makes the same number of turns: the shuffles need all
-    for (int j0 = blockIdx.z * GROUPS; j0 <= last; j0 += gridDim.z * GROUPS) {
-        const int j = j0 + group;
-        const bool seen = j <= last;
-        float part = 0.0f, own[OWN];
-        if (seen) {
-            load_own(keys + j * row, own);
-#pragma unroll
-            for (int i = 0; i < OWN; i++) part = fmaf(query[i], own[i], part);
+template <int HEADS>
+__device__ __forceinline__ void attend(float* out, const float* q, const KV_TYPE* keys, const KV_TYPE* values,
+                                       const int* __restrict__ positions, int H, int K, int S, float scale, float* partial,
+                                       float2* share, int* counters) {
+    constexpr int TURN = 4, TILE = GROUPS * TURN;  // keys of a group at a time, of a block
+    __shared__ float sums[GROUPS][HEADS][D], maxima[WARPS][HEADS], weights[WARPS][HEADS];
+    __shared__ float factors[64][HEADS];  // of the shares
+    __shared__ bool is_last;
+    const auto add = [](float a, float b) { return a + b; };
+    const auto larger = [](float a, float b) { return fmaxf(a, b); };
+    const int warp = threadIdx.x / 32, group = threadIdx.x / LANES, lane = threadIdx.x % LANES, first = lane * 8;
+    const int size = H / K, chunks = (size + HEADS - 1) / HEADS, kv = blockIdx.y / chunks;
+    const int in_group = blockIdx.y % chunks * HEADS, heads = min(size - in_group, HEADS);  // those that are there
+    const size_t row = (size_t)K * D, head0 = (size_t)blockIdx.x * H + kv * size + in_group;
+    const bool owns = first < D;
+    // Merging takes 2 us and a second tile 0.9.
+    const int last = positions[blockIdx.x], Z = last < 2 * TILE ? 1 : min((int)gridDim.z, last / TILE + 1);
+    if (last < 0 || last >= S) {
+        wait_for_launches_before();
+        for (int i = threadIdx.x; blockIdx.z == 0 && i < heads * D; i += THREADS) out[head0 * D + i] = NOT_A_NUMBER;
+        return;
+    }
+    if ((int)blockIdx.z >= Z) return;
+    // Rows that are to come from memory set off while the launch before this one ends; they may be written until it has.
+    constexpr int LINES = (D * (int)sizeof(KV_TYPE) + 127) / 128;
+    for (int j0 = blockIdx.z * TILE; j0 <= last; j0 += Z * TILE)
+        for (int i = threadIdx.x; i < TILE * LINES && j0 + i / LINES <= last; i += THREADS) {
+            const size_t at = (j0 + i / LINES) * row + (size_t)kv * D + i % LINES * (128 / sizeof(KV_TYPE));
+            prefetch_l2(keys + at), prefetch_l2(values + at);
         }
-        const float score = group_sum(part);
-        if (!seen) continue;
-        const float new_maximum = fmaxf(maximum, score), shrink = expf(maximum - new_maximum), p = expf(score - new_maximum);
-        maximum = new_maximum;
-        weight = weight * shrink + p;
-        load_own(values + j * row, own);
+    keys += (size_t)kv * D + first;
+    values += (size_t)kv * D + first;
+    wait_for_launches_before();
+
+    float query[HEADS][8], acc[HEADS][8], maximum[HEADS], weight[HEADS];
 #pragma unroll
-        for (int i = 0; i < OWN; i++) acc[i] = fmaf(acc[i], shrink, p * own[i]);
+    for (int h = 0; h < HEADS; h++) {
+        maximum[h] = MINUS_INFINITY, weight[h] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 8; i++) query[h][i] = acc[h][i] = 0.0f;
+        if (owns && h < heads) {
+            load8(q + (head0 + h) * D + first, query[h]);
+#pragma unroll
+            for (int i = 0; i < 8; i++) query[h][i] *= scale;
+        }
+    }
+    // every lane makes the same number of turns: the shuffles need all
+    for (int j0 = blockIdx.z * TILE + group; j0 - group <= last; j0 += Z * TILE) {
+        Eight k[TURN] = {}, v[TURN] = {};
+#pragma unroll
+        for (int u = 0; u < TURN; u++)
+            if (owns && j0 + u * GROUPS <= last) k[u] = load_bits(keys + (j0 + u * GROUPS) * row);
+#pragma unroll
+        for (int u = 0; u < TURN; u++)
+            if (owns && j0 + u * GROUPS <= last) v[u] = load_bits(values + (j0 + u * GROUPS) * row);
+        float p[TURN][HEADS];
+#pragma unroll
+        for (int u = 0; u < TURN; u++) {
+            float key[8];
+            load8(reinterpret_cast<const KV_TYPE*>(k[u].bits), key);
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) {
+                float part = 0.0f;
+#pragma unroll
+                for (int i = 0; i < 8; i++) part = fmaf(query[h][i], key[i], part);
+                const float score = reduce<1, LANES>(part, add);
+                p[u][h] = j0 + u * GROUPS <= last ? score : MINUS_INFINITY;
+            }
+        }
+        if (j0 > last) continue;
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            float top = maximum[h];
+#pragma unroll
+            for (int u = 0; u < TURN; u++) top = fmaxf(top, p[u][h]);
+            const float shrink = expf(maximum[h] - top);
+            maximum[h] = top, weight[h] *= shrink;
+#pragma unroll
+            for (int u = 0; u < TURN; u++) weight[h] += p[u][h] = expf(p[u][h] - top);
+#pragma unroll
+            for (int i = 0; i < 8; i++) acc[h][i] *= shrink;
+        }
+#pragma unroll
+        for (int u = 0; u < TURN; u++) {
+            float value[8];
+            load8(reinterpret_cast<const KV_TYPE*>(v[u].bits), value);
+#pragma unroll
+            for (int h = 0; h < HEADS; h++)
+#pragma unroll
+                for (int i = 0; i < 8; i++) acc[h][i] = fmaf(p[u][h], value[i], acc[h][i]);
+        }
     }
 
+    // All groups of lanes; in the end thread e has element e % D of head e / D.
+    float top[HEADS];
 #pragma unroll
-    for (int i = 0; i < OWN; i++) sums[group][first + i] = acc[i];
-    if (threadIdx.x % LANES == 0) maxima[group] = maximum, weights[group] = weight;
+    for (int h = 0; h < HEADS; h++) {
+        top[h] = reduce<LANES, 32>(maximum[h], larger);
+        if (threadIdx.x % 32 == 0) maxima[warp][h] = top[h];
+    }
     __syncthreads();
-    float top = MINUS_INFINITY, total = 0.0f;
-    for (int g = 0; g < GROUPS; g++) top = fmaxf(top, maxima[g]);
-    const float base = top == MINUS_INFINITY ? 0.0f : top;  // a share without keys: exp(-inf - 0) = 0 everywhere
-    for (int g = 0; g < GROUPS; g++) total = fmaf(weights[g], expf(maxima[g] - base), total);
-    for (int d = threadIdx.x; d < D; d += blockDim.x) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        for (int w = 0; w < WARPS; w++) top[h] = fmaxf(top[h], maxima[w][h]);  // finite: each share has a key
+        const float shrink = expf(maximum[h] - top[h]), its = reduce<LANES, 32>(weight[h] * shrink, add);
+        if (threadIdx.x % 32 == 0) weights[warp][h] = its;
+        if (owns)
+#pragma unroll
+            for (int i = 0; i < 8; i++) sums[group][h][first + i] = acc[h][i] * shrink;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < heads * D; e += THREADS) {
+        const int h = e / D;
+        float sum = 0.0f, total = 0.0f;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) sum += sums[g][h][e % D];
+        for (int w = 0; w < WARPS; w++) total += weights[w][h];
+        if (Z == 1) {
+            out[head0 * D + e] = sum / total;
+        } else {
+            __stcg(partial + ((head0 + h) * gridDim.z + blockIdx.z) * D + e % D, sum);
+            float its = top[0];
+#pragma unroll
+            for (int i = 1; i < HEADS; i++)
+                if (h == i) its = top[i];
+            if (e % D == 0) __stcg(share + (head0 + h) * gridDim.z + blockIdx.z, make_float2(its, total));
+        }
+    }
+    if (Z == 1) return;
+    __syncthreads();
+    if (warp == 0) {
+        const bool answer = is_last_block(counters + blockIdx.x * gridDim.y + blockIdx.y, Z);
+        if (threadIdx.x == 0) is_last = answer;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    // What the shares hold of this thread's first element travels while their factors are found: a warp a head
+    constexpr int BATCH = 16;
+    float parts[BATCH];
+    const auto fetch = [&](int e, int z0) {
+        const float* const from = partial + ((head0 + e / D) * gridDim.z + z0) * D + e % D;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) parts[i] = z0 + i < Z ? __ldcg(from + i * D) : 0.0f;
+    };
+    if (threadIdx.x < heads * D) fetch(threadIdx.x, 0);
+    for (int h = warp; h < heads; h += WARPS) {
+        const float2* const its = share + (head0 + h) * gridDim.z;
+        float top = MINUS_INFINITY, total = 0.0f;
+        for (int z = threadIdx.x % 32; z < Z; z += 32) top = fmaxf(top, __ldcg(its + z).x);
+        top = reduce<1, 32>(top, larger);
+        for (int z = threadIdx.x % 32; z < Z; z += 32) {
+            const float2 s = __ldcg(its + z);
+            factors[z][h] = expf(s.x - top);
+            total = fmaf(s.y, factors[z][h], total);
+        }
+        total = reduce<1, 32>(total, add);
+        for (int z = threadIdx.x % 32; z < Z; z += 32) factors[z][h] /= total;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < heads * D; e += THREADS) {
         float sum = 0.0f;
-        for (int g = 0; g < GROUPS; g++) sum = fmaf(sums[g][d], expf(maxima[g] - base), sum);
-        put(d, sum, total);
+        for (int z0 = 0; z0 < Z; z0 += BATCH) {
+            if (e >= THREADS || z0) fetch(e, z0);
+#pragma unroll
+            for (int i = 0; i < BATCH; i++)
+                if (z0 + i < Z) sum = fmaf(parts[i], factors[z0 + i][e / D], sum);
+        }
+        out[head0 * D + e] = sum;
     }
-    return make_float2(top, total);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-attention_online(float* out, const float* q, const KV_TYPE* __restrict__ keys, const KV_TYPE* __restrict__ values,
-                 const int* __restrict__ positions, int H, int K, int S, float scale) {
-    const size_t head = ((size_t)blockIdx.x * H + blockIdx.y) * D;
-    const int last = positions[blockIdx.x];
-    if (last < 0 || last >= S) {
-        for (int d = threadIdx.x; d < D; d += blockDim.x) out[head + d] = NOT_A_NUMBER;
-        return;
-    }
-    attend(q + head, keys, values, last, H, K, scale, [=](int d, float sum, float total) { out[head + d] = sum / total; });
-}
+#define PARAMETERS                                                                                                     \
+    float *out, const float *q, const KV_TYPE *keys, const KV_TYPE *values, const int *__restrict__ positions, int H, int K, \
+        int S, float scale, float *partial, float2 *share, int *counters
 
-extern "C" __global__ void __launch_bounds__(256)
-attention_split(float* __restrict__ partial, float2* __restrict__ share, const float* __restrict__ q,
-                const KV_TYPE* __restrict__ keys, const KV_TYPE* __restrict__ values, const int* __restrict__ positions,
-                int H, int K, int S, float scale) {
-    const size_t head = (size_t)blockIdx.x * H + blockIdx.y, mine = head * gridDim.z + blockIdx.z;
-    const int last = positions[blockIdx.x];
-    if (last < 0 || last >= S) {
-        for (int d = threadIdx.x; d < D; d += blockDim.x) partial[mine * D + d] = NOT_A_NUMBER;
-        if (threadIdx.x == 0) share[mine] = make_float2(0.0f, 1.0f);
-        return;
-    }
-    const float2 result = attend(q + head * D, keys, values, last, H, K, scale,
-                                 [=](int d, float sum, float) { partial[mine * D + d] = sum; });
-    if (threadIdx.x == 0) share[mine] = result;
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_1(PARAMETERS) {
+    attend<1>(out, q, keys, values, positions, H, K, S, scale, partial, share, counters);
 }
-
-extern "C" __global__ void __launch_bounds__(128)
-attention_merge(float* __restrict__ out, const float* __restrict__ partial, const float2* __restrict__ share, int H, int Z) {
-    const size_t head = (size_t)blockIdx.x * H + blockIdx.y;
-    partial += head * Z * D;
-    share += head * Z;
-    float top = share[0].x, total = 0.0f;  // share 0 has key 0, so top is finite
-    for (int z = 1; z < Z; z++) top = fmaxf(top, share[z].x);
-    for (int z = 0; z < Z; z++) total = fmaf(share[z].y, expf(share[z].x - top), total);
-    for (int d = threadIdx.x; d < D; d += blockDim.x) {
-        float sum = 0.0f;
-        for (int z = 0; z < Z; z++) sum = fmaf(partial[(size_t)z * D + d], expf(share[z].x - top), sum);
-        out[head * D + d] = sum / total;
-    }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_2(PARAMETERS) {
+    attend<2>(out, q, keys, values, positions, H, K, S, scale, partial, share, counters);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_4(PARAMETERS) {
+    attend<4>(out, q, keys, values, positions, H, K, S, scale, partial, share, counters);
 }

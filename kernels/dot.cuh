@@ -4,8 +4,9 @@
 #include "common.cuh"
 
 // ROWS rows of weights times up to T rows of x [tokens, C], by one of `parts` warps that share each dot product: each weight
-// is read once. The constructor sends off the first loads, so that what the caller loads next travels with them;
-// `finish` gives every lane sums[r][t], of which those from `tokens` on mean nothing.
+// is read once. The constructor sends off the first loads, so that what the caller loads next travels with them; weights
+// are no launch's result, so they need not wait for the launches before, but x must: `wait`, then
+// `finish`, which gives every lane sums[r][t], of which those from `tokens` on mean nothing.
 // Lane l of part p takes elements 8 l + 256 (p + parts i) in ascending order, one float32 accumulator for each dot product,
 // so that a warp reads 512 contiguous bytes of bf16 weights a step and a sum depends on C and parts alone.
 // `wide` says that all rows are 16-byte aligned and C is a multiple of 8.
@@ -27,20 +28,23 @@ struct WarpDots {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) rows[r] = weights[r];
         at = 8 * (threadIdx.x % 32) + 256 * part;
-        if (wide) load();
+        if (!wide) return;
+#pragma unroll
+        for (int s = 0; s < STEPS; s++)
+            if (at + 256 * parts * s < C) load(s, at + 256 * parts * s);
     }
 
-    __device__ __forceinline__ void load() {
+    __device__ __forceinline__ void load(int step, int c) {
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            const int c = at + 256 * parts * s;
-            if (c >= C) continue;
+        for (int r = 0; r < ROWS; r++)
 #pragma unroll
-            for (int r = 0; r < ROWS; r++)
-#pragma unroll
-                for (int i = 0; i < (int)sizeof(W) / 2; i++)  // streamed: x and not the weights shall stay in L1
-                    ahead[s][r].bits[i] = __ldcs(reinterpret_cast<const uint4*>(rows[r] + c) + i);
-        }
+            for (int i = 0; i < (int)sizeof(W) / 2; i++)  // streamed: x and not the weights shall stay in L1
+                ahead[step][r].bits[i] = __ldcs(reinterpret_cast<const uint4*>(rows[r] + c) + i);
+    }
+
+    __device__ __forceinline__ void wait() {
+        wait_for_launches_before();
+        x = opaque(x);
     }
 
     __device__ __forceinline__ void finish(float (&sums)[ROWS][T]) {
@@ -49,15 +53,13 @@ struct WarpDots {
 #pragma unroll
             for (int t = 0; t < T; t++) sums[r][t] = 0.0f;
         if (wide) {
-            while (at < C) {
+            for (int c0 = at; c0 < C; c0 += 256 * parts * STEPS)
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
-                    const int c = at + 256 * parts * s;
+                    const int c = c0 + 256 * parts * s, next = c + 256 * parts * STEPS;
                     if (c < C) multiply(x + c, ahead[s], sums);
+                    if (next < C) load(s, next);
                 }
-                at += 256 * parts * STEPS;
-                load();
-            }
         } else {
             for (int c = threadIdx.x % 32 + 32 * part; c < C; c += 32 * parts)
 #pragma unroll

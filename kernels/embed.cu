@@ -14,7 +14,8 @@
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-embed(float* __restrict__ out, const int* __restrict__ ids, const TABLE_TYPE* __restrict__ table, int V, int C) {
+embed(float* __restrict__ out, const int* ids, const TABLE_TYPE* __restrict__ table, int V, int C) {
+    wait_for_launches_before();
     const int id = ids[blockIdx.x];
     const bool known = id >= 0 && id < V;
     for (int c = threadIdx.x; c < C; c += blockDim.x)

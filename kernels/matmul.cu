@@ -4,32 +4,40 @@
 //              matmul_rows            T = 2 to 4: `parts` warps four columns of all rows; the weights stream once
 //              matmul_mma_wide, _middle, _few   more rows, bf16 weights, C a multiple of 8, x and weight 16-byte aligned: tensor
 //                                     cores, tiles of 128 x 128, 64 x 64 (x f32: 64 x 128) and 32 x 32; see cuda._choose
+//              matmul_wgmma_wide, _turns, _middle, _few   the same with x bf16 on Hopper, N a multiple of 16, out and residual
+//                                     16-byte aligned: tiles of 128 x 256, 128 x 128 and 128 x 64 (wgmma.cuh)
 //              matmul_tile            otherwise: a block a tile of 64 x 64 outputs
 // Arguments    out       [T, N]  float32; may be the same array as residual
 //              x         [T, C]  X_TYPE
 //              weight    [N, C]  W_TYPE, the checkpoint's layout
 //              residual  [T, N]  float32, or null
+//              matmul_wgmma_*: x and weight are maps of these matrices (launch.tensor_map) with boxes of 128 rows, of weight
+//              for _turns and _middle 64, for _few 32
 //              T, N, C           int32
-//              parts             int32, matmul_row(s): 1, 2, 4 or 8, more where N is too small to fill the GPU with warps
+//              parts             int32, matmul_row(s): 1, 2, 4 or 8: cuda._short_parts
 // Constants    X_TYPE            bf16 | f32
 //              W_TYPE            bf16 | f16 | f32
 // Work         matmul_row(s): 8 warps a block; grid ceil(N parts / 16), rows: / 32; up to 512 bytes of shared memory
 //              matmul_mma_*: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: cuda._tiles
+//              matmul_wgmma_*: 384 threads; grid pairs of blocks, as many as there are or run at once: a block takes tile after
+//              tile; shared bytes: cuda._tiles
 //              matmul_tile: 256 threads, 4 x 4 outputs each; grid (ceil(N/64), ceil(T/64)); 16.6 KB of shared memory
 // Precision    products and sums in float32, nothing is rounded to the storage type; on tensor cores float32 x goes in
 //              three exact bf16 parts (mma.cuh)
 // Error bound  row(s): (C/32 + 14) eps32, tile: C eps32, mma: x bf16 11/8 C eps32, x f32 (C/32 + 90) eps32 (derived in mma.cuh;
-//              measured on an H100 with C = 4096 and all terms positive: 216 and 12), each times sum_c |x w|. C/32 sequential additions a lane, 8 more
-//              for a last step that not all lanes take, 5 across the lanes; parts shorten the first by more than they add
+//              measured on an H100 with C = 4096 and all terms positive: 216 and 12), wgmma: 21/32 C eps32 (wgmma.cuh; measured
+//              likewise: 213), each times sum_c |x w|. C/32 sequential additions a lane, 8 more for a last step that not all
+//              lanes take, 5 across the lanes; parts shorten the first by more than they add
 // Traffic      N C sizeof(W_TYPE) + 4 T (C + N) bytes at least, 2 T N C FLOP
 // Determinism  fixed order of summation. Within an entry point a row's result does not depend on the other rows; the
 //              rows, the tile and tensor cores sum in different orders and so differ within the error bound. matmul_row and
-//              matmul_rows give the same bits, and so do all of matmul_mma_*
+//              matmul_rows give the same bits, and so do all of matmul_mma_*, and all of matmul_wgmma_*
 // Limits       matmul_tile: T up to 64 x 65,535 rows, the largest grid. matmul_mma_*: up to 2^31 tiles; C below 2^23; an
 //              infinite float32 x gives NaN; |x| < 2^-110 loses what lies below 2^-126
 // Wrapper cuda.matmul · truth reference.matmul · test tests/test_ops.py · benchmark benchmarks/ops.py
 #include "dot.cuh"
 #include "mma.cuh"
+#include "wgmma.cuh"
 
 template <int COLUMNS, int MAX_T>
 __device__ __forceinline__ void few_rows(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ weight,
@@ -44,6 +52,7 @@ __device__ __forceinline__ void few_rows(float* out, const X_TYPE* __restrict__ 
     for (int i = 0; i < COLUMNS; i++)  // past the end the last row once more, which nobody stores
         rows[i] = weight + (size_t)min(first + i, N - 1) * C;
     WarpDots<COLUMNS, MAX_T, X_TYPE, W_TYPE> dots(x, rows, T, C, wide, warp % parts, parts);
+    dots.wait();
     const float before = mine && residual ? residual[at] : 0.0f;
     float sums[COLUMNS][MAX_T];
     dots.finish(sums);
@@ -149,3 +158,77 @@ matmul_mma_few(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restric
                int N, int C) {
     tensor_tile<Few>(out, x, weight, residual, T, N, C);
 }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+template <class Tile>
+__device__ __forceinline__ void wgmma_tiles(float* out, const TensorMap& x, const TensorMap& weight, const float* residual, int T,
+                                            int N, int C) {
+    if constexpr (on_tensor_cores<X_TYPE> && on_tensor_cores<W_TYPE>) {
+        DYNAMIC_SHARED(unsigned char, shared);
+        const auto box = [&](int i, int column) { return WgmmaBox{&weight, column + i * Tile::BOX}; };
+        const auto prefetch = [&](int row, int column) {  // the residual into L2
+            constexpr int LINES = Tile::BN / 32;
+            for (int i = threadIdx.x % 32; residual && i < 16 * LINES; i += 32)
+                if (const int t = row + i / LINES, n = column + i % LINES * 32; t < T && n < N)
+                    prefetch_l2(residual + (size_t)t * N + n);
+        };
+        Tile::product(shared, x, T, N, C, box, prefetch, [&](const float (&acc)[Tile::NJ][4], int row0, int column, float* memory) {
+            const int row = row0 + threadIdx.x % 32 / 8, n0 = column + threadIdx.x % 8 * 4;
+            // 32 columns at a time; residuals of as many as registers allow are on their way together, before the first store,
+            // which may be to the same array
+            constexpr int AHEAD = Tile::PARTS * Tile::NJ == 16 ? 4 : 2;
+#pragma unroll
+            for (int first = 0; first < Tile::NJ / 4; first += AHEAD) {
+                float4 before[AHEAD][4];
+#pragma unroll
+                for (int k = 0; k < AHEAD; k++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int t = row + 4 * i, n = n0 + 32 * (first + k);
+                        before[k][i] = {0.0f, 0.0f, 0.0f, 0.0f};
+                        if (residual && t < T && n < N)
+                            before[k][i] = *reinterpret_cast<const float4*>(residual + (size_t)t * N + n);
+                    }
+#pragma unroll
+                for (int k = 0; k < AHEAD; k++) {
+                    float4 sums[4];
+                    trade_rows(sums, *reinterpret_cast<const float(*)[4][4]>(acc + 4 * (first + k)), memory);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int t = row + 4 * i, n = n0 + 32 * (first + k);
+                        const float4 a = sums[i], b = before[k][i];
+                        const float v[4] = {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+                        if (t < T && n < N) store_run(out + (size_t)t * N + n, v, true);
+                    }
+                }
+            }
+        });
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+matmul_wgmma_wide(float* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* residual,
+                  int T, int N, int C) {
+    wgmma_tiles<WgmmaWide<128>>(out, x, weight, residual, T, N, C);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+matmul_wgmma_turns(float* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* residual,
+                  int T, int N, int C) {
+    wgmma_tiles<WgmmaTurns<64>>(out, x, weight, residual, T, N, C);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+matmul_wgmma_middle(float* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* residual,
+                  int T, int N, int C) {
+    wgmma_tiles<WgmmaMiddle<64>>(out, x, weight, residual, T, N, C);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+matmul_wgmma_few(float* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* residual,
+                  int T, int N, int C) {
+    wgmma_tiles<WgmmaFew<32>>(out, x, weight, residual, T, N, C);
+}
+
+#endif

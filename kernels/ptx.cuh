@@ -4,8 +4,11 @@
 
 typedef unsigned long long u64;
 typedef u64 mbarrier;  // lies in shared memory
+struct __align__(64) TensorMap { u64 words[16]; };  // of launch.tensor_map; a __grid_constant__ parameter
 
 #ifndef CUQWEN_CPU
+
+__device__ constexpr int cluster_of(int blocks) { return blocks; }
 
 #define DYNAMIC_SHARED(T, name)                                  \
     extern __shared__ __align__(1024) unsigned char name##_bytes[]; \
@@ -76,6 +79,15 @@ __device__ __forceinline__ bool mbarrier_try_wait(mbarrier* b, unsigned parity) 
                  : "memory");
     return done;
 }
+// The same at once; mbarrier_try_wait may take its time.
+__device__ __forceinline__ bool mbarrier_test_wait(mbarrier* b, unsigned parity) {
+    unsigned done;
+    asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(b)), "r"(parity)
+                 : "memory");
+    return done;
+}
 __device__ __forceinline__ void mbarrier_wait(mbarrier* b, unsigned parity) {
     while (!mbarrier_try_wait(b, parity)) {}
 }
@@ -85,8 +97,135 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsi
                  "l"(global), "r"(bytes), "r"(shared_address(b))
                  : "memory");
 }
+// The same for what is read once: it leaves the L2 cache first, and what is read again can stay.
+__device__ __forceinline__ void bulk_copy_once(void* shared, const void* global, unsigned bytes, mbarrier* b) {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(b)), "l"(policy)
+                 : "memory");
+}
 // Between this thread's ordinary accesses to shared memory and bulk copies that it issues afterwards to the same place.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- tiles by the copy engine, clusters of blocks (sm_90) ----
+
+// As bulk_copy, a box of the matrix that the map describes (launch.tensor_map), from its element `column` of row `row` on; rows
+// and columns outside of the matrix are zeros, negative ones too, and count. In shared memory (1024-byte aligned) a row takes 128
+// bytes, and the 16-byte piece p of row r lies at place p ^ r % 8.
+__device__ __forceinline__ void bulk_copy_2d(void* shared, const TensorMap* map, int column, int row, mbarrier* b) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                     shared_address(shared)),
+                 "l"(map), "r"(column), "r"(row), "r"(shared_address(b))
+                 : "memory");
+}
+// The same into every block of the cluster whose bit is set in `blocks`, at the same place, and into their barriers at b's place.
+__device__ __forceinline__ void bulk_copy_2d_to(void* shared, const TensorMap* map, int column, int row, mbarrier* b, unsigned blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], "
+        "%5;" ::"r"(shared_address(shared)),
+        "l"(map), "r"(column), "r"(row), "r"(shared_address(b)), "h"((unsigned short)blocks)
+        : "memory");
+}
+// Brings the map itself nearer, some time before its first use.
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+// Arrives at the barrier that lies at b's place in another block of the cluster, or in this one.
+__device__ __forceinline__ void mbarrier_arrive_in(mbarrier* b, int block) {
+    asm volatile("{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %0, %1;\n"
+                 " mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
+                 "r"(block)
+                 : "memory");
+}
+// A barrier of all threads of a cluster, which orders no memory accesses but what fence_mbarrier_init has covered.
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// ---- products by a warpgroup, four warps of which the first is a multiple of four (sm_90a) ----
+
+// Moves registers between the warps of a block: all warps of a warpgroup, N a multiple of 8.
+template <int N> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+
+// What wgmma reads: rows of 16 elements along k, as bulk_copy_2d lays them, 8 to 1,024 bytes. Plus 2 for the next 16 elements.
+__device__ __forceinline__ u64 matrix_descriptor(const void* shared) {
+    return 1ull << 62 | 64ull << 32 | 1ull << 16 | (shared_address(shared) & 0x3ffff) >> 4;
+}
+// Before the first wgmma, and before the next one whenever this thread could touch the accumulators in between.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits for this warp's part of all groups but the newest N: their operands have been read, their accumulators may be touched.
+template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+
+// d [64, n] = a [64, 16] b [n, 16]^T (+ d, if `add`), bf16 products, float32 sums. With w = warp % 4, g = lane / 4, i = lane % 4: d[j] =
+// rows 16 w + g, g, g + 8, g + 8, columns 8 j + 2 i, 8 j + 2 i + 1 in turn.
+#define ACCUMULATORS_4(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define ACCUMULATORS_16(d, j) ACCUMULATORS_4(d, j), ACCUMULATORS_4(d, j + 1), ACCUMULATORS_4(d, j + 2), ACCUMULATORS_4(d, j + 3)
+#define ACCUMULATORS_64(d, j) ACCUMULATORS_16(d, j), ACCUMULATORS_16(d, j + 4), ACCUMULATORS_16(d, j + 8), ACCUMULATORS_16(d, j + 12)
+__device__ __forceinline__ void wgmma_m64n64(float (&d)[8][4], u64 a, u64 b, int add) {
+    asm volatile(
+        "{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+        "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, %32, %33, p, 1, 1, 0, 0;\n}"
+        : ACCUMULATORS_16(d, 0), ACCUMULATORS_16(d, 4)
+        : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma_m64n128(float (&d)[16][4], u64 a, u64 b, int add) {
+    asm volatile(
+        "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+        "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
+        "%59, %60, %61, %62, %63"
+        "}, %64, %65, p, 1, 1, 0, 0;\n}"
+        : ACCUMULATORS_64(d, 0)
+        : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma_m64n256(float (&d)[32][4], u64 a, u64 b, int add) {
+    asm volatile(
+        "{\n .reg .pred p;\n setp.ne.b32 p, %130, 0;\n wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+        "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
+        "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "
+        "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, "
+        "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "
+        "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+        "}, %128, %129, p, 1, 1, 0, 0;\n}"
+        : ACCUMULATORS_64(d, 0), ACCUMULATORS_64(d, 16)
+        : "l"(a), "l"(b), "r"(add));
+}
+// d [64, n] += a [64, 16] b [16, n]: a in registers, of each warp its 16 rows as mma_bf16 has them, not to be changed before it is
+// waited for; b 16 rows of 64 elements as bulk_copy_2d lays them, those of the next 64 columns `step` bytes further. Plus 128 for
+// the next 16 rows.
+__device__ __forceinline__ void wgmma_m64n128_rows(float (&d)[16][4], const unsigned (&a)[4], u64 b, int step) {
+    asm volatile(
+        "{\n .reg .pred p;\n setp.eq.b32 p, 0, 0;\n wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
+        "%60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
+        : ACCUMULATORS_64(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b + ((u64)(step / 16 - 1) << 16)));
+}
+__device__ __forceinline__ void wgmma_m64n64_rows(float (&d)[8][4], const unsigned (&a)[4], u64 b) {
+    asm volatile(
+        "{\n .reg .pred p;\n setp.eq.b32 p, 0, 0;\n wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
+        : ACCUMULATORS_16(d, 0), ACCUMULATORS_16(d, 4)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+// d, of which the compiler knows nothing: called after wgmma_wait, no use of d can come before it, and before wgmma_fence, no write
+// after it.
+template <int N> __device__ __forceinline__ void wgmma_touch(float (&d)[N][4]) {
+#pragma unroll
+    for (int j = 0; j < N; j++) asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
+}
 
 // ---- part of a block ----
 
@@ -132,7 +271,28 @@ __device__ __forceinline__ u64 global_timer() {
 // Brings the 128 bytes around p into the L2 cache, some time.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// ---- launches that overlap (sm_90; before it, one starts when the one before has ended) ----
+
+// Lets the next launch start on what room there is, once all blocks of this one have started and come here.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Waits until the launches before this one have ended and what they wrote is there. Each of them must do so too.
+__device__ __forceinline__ void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- for the compiler ----
+
+// p, of which the compiler knows nothing: what is read through it is not read earlier, even where `__restrict__` allows it.
+template <class T> __device__ __forceinline__ T* opaque(T* p) {
+    asm volatile("" : "+l"(p));
+    return p;
+}
 
 // x, of which the compiler knows nothing: what is computed from it stays where it stands, instead of being kept in a register
 // from far above.

@@ -4,7 +4,7 @@
 // rotation keeps a head's mean square, so the scalar may follow it.
 //
 // Entry point  qk_norm                always
-// Arguments    q_out  [T, H, D]  float32; may be q
+// Arguments    q_out  [T, H, D]  Q_TYPE; may be q where Q_TYPE is f32
 //              k_out  [T, K, D]  K_TYPE; may be k where K_TYPE is f32. With rows: [S, K, D], the keys of a cache
 //              q      [T, H, D]  float32, rotated and gained;      k     [T, K, D]  float32, likewise
 //              q_ms   [T, H]     float32, mean square of the un-gained head;  k_ms  [T, K]  float32, likewise
@@ -12,28 +12,38 @@
 //                                0..S-1 is not stored
 //              H, K, D, S        int32
 //              eps               float32
-// Constants    K_TYPE            bf16 | f16 | f32
-// Work         block = one head of one token, 128 threads; grid (T, H + K); no shared memory
-// Precision    float32; one rounding when k is stored narrower
+// Constants    Q_TYPE            bf16 | f32
+//              K_TYPE            bf16 | f16 | f32
+// Work         warp = one head of one token, 128 threads; grid (T, (H + K) / 4); no shared memory
+// Precision    float32; one rounding when q or k is stored narrower
 // Error bound  4 eps32 relative, before the final rounding
-// Traffic      T D (8 H + (4 + sizeof(K_TYPE)) K) bytes, T D (H + K) FLOP
+// Traffic      T D ((4 + sizeof(Q_TYPE)) H + (4 + sizeof(K_TYPE)) K) bytes, T D (H + K) FLOP
 // Determinism  elementwise
 // Wrapper cuda.qk_norm · truth reference.qk_norm · test tests/test_ops.py · benchmark benchmarks/ops.py
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(128)
-qk_norm(float* q_out, K_TYPE* k_out, const float* q, const float* k, const float* __restrict__ q_ms,
-        const float* __restrict__ k_ms, const int* __restrict__ rows, int H, int K, int D, int S, float eps) {
-    const int t = blockIdx.x, h = blockIdx.y;
+qk_norm(Q_TYPE* q_out, K_TYPE* k_out, const float* q, const float* k, const float* q_ms,
+        const float* k_ms, const int* __restrict__ rows, int H, int K, int D, int S, float eps) {
+    const int t = blockIdx.x, h = 4 * blockIdx.y + threadIdx.x / 32;
     const bool is_q = h < H;
     const size_t head = is_q ? (size_t)t * H + h : (size_t)t * K + h - H;
     const int row = rows ? rows[t] : t;
     const size_t k_head = (size_t)row * K + h - H;
-    if (!is_q && rows && (row < 0 || row >= S)) return;
+    if (h >= H + K || (!is_q && rows && (row < 0 || row >= S))) return;
+    wait_for_launches_before();
     const float scale = 1.0f / sqrtf((is_q ? q_ms : k_ms)[head] + eps);
-    for (int d = threadIdx.x; d < D; d += blockDim.x) {
-        const size_t at = head * D + d;
-        if (is_q) q_out[at] = q[at] * scale;
-        else store(k_out + k_head * D + d, k[at] * scale);
+    const float* const from = (is_q ? q : k) + head * D;
+    for (int first = threadIdx.x % 32; first < D; first += 128) {
+        float x[4];  // all on their way before the first is stored, maybe to the same array
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = first + 32 * i < D ? from[first + 32 * i] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int d = first + 32 * i;
+            if (d >= D) break;
+            if (is_q) store(q_out + head * D + d, x[i] * scale);
+            else store(k_out + k_head * D + d, x[i] * scale);
+        }
     }
 }

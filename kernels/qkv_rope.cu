@@ -14,6 +14,8 @@
 //              qkv_rope_rows          T = 2 to 4: `parts` warps two pairs of all tokens; the weights stream once
 //              qkv_rope_mma_wide, _middle, _few   more tokens, bf16 weights, D = 64 or 128, C a multiple of 8, x and weights
 //                                     16-byte aligned: tensor cores, one or two whole heads of 128, 64 or 32 tokens
+//              qkv_rope_wgmma_wide, _turns, _middle   the same with x bf16 on Hopper, q, k and v 16-byte aligned: tiles of 128 tokens
+//                                     and 256 or 128 elements of heads (wgmma.cuh)
 //              qkv_rope_tile          otherwise: a block one head of 32 tokens, so the whole head is at hand afterwards
 // Arguments    q       [T, H, D]  float32      q_ms  [T, H]  float32
 //              k       [T, K, D]  K_TYPE       k_ms  [T, K]  float32
@@ -27,26 +29,31 @@
 //              k_rows, v_rows [T] int32, or null: k (v) of token t goes to row rows[t] of [S, K, D] instead of row t; one
 //                                 outside 0..S-1 is not stored
 //              T, H, K, C, P, S   int32
-//              parts, leaves      int32, of qkv_rope_row(s): 1, 2, 4 or 8 warps a pair, more where there are few pairs;
+//              qkv_rope_wgmma_*: x and the weights are maps of these matrices (launch.tensor_map) with boxes of 128 and 64 rows
+//              parts, leaves      int32, of qkv_rope_row(s): 1, 2, 4 or 8 warps a pair: cuda._parts;
 //                                 the lowest power of two that is not below gridDim.x
 //              places             [T (H + K) leaves] int32, of qkv_rope_row(s): zeros, and left so
 // Constants    X_TYPE  bf16 | f32
 //              W_TYPE, K_TYPE, V_TYPE  bf16 | f16 | f32      HEAD_DIM  D, a multiple of 4 from 4 to 256
 // Work         qkv_rope_row(s): 8 warps a block; up to 0.8 KB of shared memory; grid (ceil(D parts / 16), rows: / 32, H + 2 K)
 //              qkv_rope_mma_*: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: cuda._tiles
+//              qkv_rope_wgmma_*: 384 threads; grid pairs of blocks, as many as there are or run at once: a block takes tile
+//              after tile; shared bytes: cuda._tiles
 //              qkv_rope_tile: 2 D threads, 4 x 4 products each; about 0.25 KB x D of shared memory; grid (ceil(T/32), H + 2 K)
 // Precision    products, sums, bias, gain, rotation in float32; one rounding, where k and v are stored narrower
 // Error bound  row(s): (C/32 + 18) eps32, tile: (C + 6) eps32, mma: (11/8 C + 4) eps32 (x bf16), (C/32 + 94) eps32 (x f32),
+//              wgmma: (21/32 C + 4) eps32,
 //              times sum_c |x w| times the gain; see matmul.cu and mma.cuh, and 4 for
 //              bias, gain and rotation. Mean squares: twice the relative error of a, and 11 eps32
 // Traffic      (H + 2 K) D C sizeof(W_TYPE) bytes of weights for each 32 tokens (row(s): 4), 2 T (H + 2 K) D C FLOP
 // Determinism  fixed order of summation. Within an entry point a row's result does not depend on the other rows; the
 //              rows, the tile and tensor cores sum in different orders and so differ within the error bound. qkv_rope_row and
-//              qkv_rope_rows give the same bits, and so do all of qkv_rope_mma_*
+//              qkv_rope_rows give the same bits, and so do all of qkv_rope_mma_*, and all of qkv_rope_wgmma_*
 // Limits       qkv_rope_row(s): T (H + K) leaves <= 4096, launch.workspace()
 // Wrapper cuda.qkv_rope · truth reference.qkv_rope · test tests/test_ops.py · benchmark benchmarks/ops.py
 #include "dot.cuh"
 #include "mma.cuh"
+#include "wgmma.cuh"
 
 constexpr int D = HEAD_DIM;
 
@@ -83,17 +90,19 @@ __device__ __forceinline__ void rotate(float& low, float& high, float c, float s
     high = fmaf(b, c, a * s);
 }
 
-#define PARAMETERS                                                                                                        \
-    float *__restrict__ q, K_TYPE *__restrict__ k, V_TYPE *__restrict__ v, float *__restrict__ q_ms,                      \
-        float *__restrict__ k_ms, const X_TYPE *__restrict__ x, const W_TYPE *__restrict__ q_proj,                        \
-        const W_TYPE *__restrict__ k_proj, const W_TYPE *__restrict__ v_proj, const float *__restrict__ q_bias,           \
-        const float *__restrict__ k_bias, const float *__restrict__ v_bias, const float *__restrict__ q_norm,             \
-        const float *__restrict__ k_norm, const float *__restrict__ cos, const float *__restrict__ sin,                   \
-        const int *__restrict__ positions, const int *__restrict__ k_rows,                   \
-        const int *__restrict__ v_rows, int T, int H, int K, int C, int P, int S
+#define PARAMETERS_OF(X, W)                                                                                         \
+    float *__restrict__ q, K_TYPE *__restrict__ k, V_TYPE *__restrict__ v, float *__restrict__ q_ms,                    \
+        float *__restrict__ k_ms, X x, W q_proj, W k_proj, W v_proj, const float *__restrict__ q_bias,                  \
+        const float *__restrict__ k_bias, const float *__restrict__ v_bias, const float *__restrict__ q_norm,           \
+        const float *__restrict__ k_norm, const float *__restrict__ cos, const float *__restrict__ sin,                 \
+        const int *__restrict__ positions, const int *__restrict__ k_rows, const int *__restrict__ v_rows, int T, int H, \
+        int K, int C, int P, int S
+#define PARAMETERS PARAMETERS_OF(const X_TYPE *__restrict__, const W_TYPE *__restrict__)
 #define ARGUMENTS                                                                                                     \
     q, k, v, q_ms, k_ms, x, q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, cos, sin, positions, k_rows, \
         v_rows, T, H, K, C, P, S
+
+#define HEAD(h) find_head(q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, k_rows, v_rows, q_ms, k_ms, H, K, h)
 
 // Where element d of this block's head goes for token t: q by token, k and v by the row that `rows` names.
 #define STORE(t, d, value)                                                    \
@@ -125,7 +134,7 @@ __device__ __forceinline__ bool add_over_blocks(float& sum, unsigned* places, in
 template <int PAIRS, int MAX_T>
 __device__ __forceinline__ void few_rows(PARAMETERS, int parts, int leaves, int* __restrict__ places) {
     __shared__ float squares[8 * PAIRS][MAX_T];
-    const Head head = find_head(q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, k_rows, v_rows, q_ms, k_ms, H, K, blockIdx.y);
+    Head head = HEAD(blockIdx.y);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, i = lane / MAX_T, t = lane % MAX_T, row = head.index * D;
     const int pair = warp / parts * PAIRS, first = blockIdx.x * (8 / parts) * PAIRS + pair, d = first + i;
     const bool wide = C % 8 == 0 && ((size_t)x | (size_t)head.proj) % 16 == 0;
@@ -142,8 +151,10 @@ __device__ __forceinline__ void few_rows(PARAMETERS, int parts, int leaves, int*
     if (mine && head.bias) bias[0] = head.bias[row + d], bias[1] = head.bias[row + d + D / 2];
     if (mine && head.gain) gain[0] = head.gain[d], gain[1] = head.gain[d + D / 2];
     if (mine && head.rotated) find_angle(c, s, d, positions[t], cos, sin, P);
+    dots.wait();
     float sums[2 * PAIRS][MAX_T];
     dots.finish(sums);
+    head = HEAD(opaque(blockIdx.y));  // again, instead of kept meanwhile: 48 registers and not 56, five blocks an SM
     float low = add_shares(sums, parts), high = __shfl_down_sync(0xffffffffu, low, PAIRS * MAX_T);
     if (head.bias) low += bias[0], high += bias[1];
     if (head.rotated && first_part) squares[pair + i][t] = mine ? fmaf(low, low, high * high) : 0.0f;
@@ -178,7 +189,7 @@ qkv_rope_rows(PARAMETERS, int parts, int leaves, int* __restrict__ places) {
 extern "C" __global__ void __launch_bounds__(2 * D) qkv_rope_tile(PARAMETERS) {
     constexpr int ROWS = 32, QUARTER = D / 4;
     __shared__ float partial[ROWS][QUARTER];
-    const Head head = find_head(q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, k_rows, v_rows, q_ms, k_ms, H, K, blockIdx.y);
+    const Head head = HEAD(blockIdx.y);
     const int row0 = blockIdx.x * ROWS, tx = threadIdx.x % QUARTER, ty = threadIdx.x / QUARTER;
     float acc[4][4];  // rows ty + 8 i, elements tx + D/4 j: j and j + 2 are a rotation pair
     tile_product<ROWS, D>(x, head.proj, T, head.heads * D, C, row0, head.index * D, acc);
@@ -220,8 +231,6 @@ extern "C" __global__ void __launch_bounds__(2 * D) qkv_rope_tile(PARAMETERS) {
         for (int j = 0; j < 4; j++) STORE(t, tx + QUARTER * j, acc[i][j]);
     }
 }
-
-#define HEAD(h) find_head(q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, k_rows, v_rows, q_ms, k_ms, H, K, h)
 
 // A tile of whole heads, one or two; a thread holds rotation pairs (see MmaTile).
 template <class Tile> __device__ __forceinline__ void tensor_heads(PARAMETERS) {
@@ -323,3 +332,121 @@ extern "C" __global__ void __launch_bounds__(Wide::THREADS, 256 / Wide::THREADS)
 extern "C" __global__ void __launch_bounds__(Middle::THREADS, 2) qkv_rope_mma_middle(PARAMETERS) { tensor_heads<Middle>(ARGUMENTS); }
 
 extern "C" __global__ void __launch_bounds__(Few::THREADS) qkv_rope_mma_few(PARAMETERS) { tensor_heads<Few>(ARGUMENTS); }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// A tile of whole heads; a thread holds rotation pairs, four lanes the heads of a row.
+template <class Tile> __device__ __forceinline__ void wgmma_heads(PARAMETERS_OF(const TensorMap&, const TensorMap&)) {
+    if constexpr (on_tensor_cores<X_TYPE> && on_tensor_cores<W_TYPE> && (D == 64 || D == 128)) {
+        DYNAMIC_SHARED(unsigned char, shared);
+        constexpr int BLOCKS = D / 8, HALF = BLOCKS / 2;  // of 8 columns: of a head, of half a head
+        const int all = H + 2 * K;
+        const auto box = [&](int i, int column) {
+            const int row = column + i * Tile::BOX;
+            if (row < H * D) return WgmmaBox{&q_proj, row};
+            if (row < (H + K) * D) return WgmmaBox{&k_proj, row - H * D};
+            return WgmmaBox{&v_proj, row - (H + K) * D};  // behind the last head zeros that nobody stores
+        };
+        const auto nothing = [](int, int) {};
+        Tile::product(shared, x, T, all * D, C, box, nothing, [&](float (&acc)[Tile::NJ][4], int row0, int column, float* memory) {
+            const int lane = threadIdx.x % 32, row = row0 + lane / 8;
+            int position[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) position[i] = row + 4 * i < T ? positions[row + 4 * i] : -1;
+#pragma unroll
+            for (int n = 0; n < Tile::BN / D; n++) {
+                const int h = column / D + n;
+                if (h >= all) break;
+                const Head head = find_head(nullptr, nullptr, nullptr, q_bias, k_bias, v_bias, q_norm, k_norm, k_rows, v_rows, q_ms,
+                                            k_ms, H, K, h);
+                if (head.bias)
+#pragma unroll
+                    for (int j = 0; j < BLOCKS; j++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            acc[n * BLOCKS + j][e] += head.bias[head.index * D + 8 * j + lane % 4 * 2 + e % 2];
+                if (head.rotated)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int t = row0 + lane / 4 + 8 * half;
+                        float squares = 0.0f;
+#pragma unroll
+                        for (int j = 0; j < BLOCKS; j++)
+#pragma unroll
+                            for (int e = 0; e < 2; e++) {
+                                const float a = acc[n * BLOCKS + j][2 * half + e];
+                                squares = fmaf(a, a, squares);
+                            }
+                        squares += __shfl_xor_sync(0xffffffffu, squares, 1);
+                        squares += __shfl_xor_sync(0xffffffffu, squares, 2);
+                        if (lane % 4 == 0 && t < T) head.ms[(size_t)t * head.heads + head.index] = squares / D;
+                    }
+                int target[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int t = row + 4 * i;
+                    target[i] = t >= T ? -1 : head.rows ? head.rows[t] : t;
+                    if (head.rows && target[i] >= S) target[i] = -1;
+                }
+#pragma unroll
+                for (int first = 0; first < HALF; first += 4) {
+                    float4 lows[4], highs[4];
+                    trade_rows(lows, *reinterpret_cast<const float(*)[4][4]>(acc + n * BLOCKS + first), memory);
+                    trade_rows(highs, *reinterpret_cast<const float(*)[4][4]>(acc + n * BLOCKS + HALF + first), memory);
+                    const int d = opaque(8 * first + lane % 8 * 4);  // so that nothing is read so early that it spills
+                    float4 c4[4], s4[4];  // before any store, after which they might have to wait
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        c4[i] = s4[i] = {NOT_A_NUMBER, NOT_A_NUMBER, NOT_A_NUMBER, NOT_A_NUMBER};
+                        if (!head.rotated || position[i] < 0 || position[i] >= P) continue;
+                        c4[i] = *reinterpret_cast<const float4*>(cos + (size_t)position[i] * (D / 2) + d);
+                        s4[i] = *reinterpret_cast<const float4*>(sin + (size_t)position[i] * (D / 2) + d);
+                    }
+                    float4 gain[2] = {{1.0f, 1.0f, 1.0f, 1.0f}, {1.0f, 1.0f, 1.0f, 1.0f}};
+                    if (head.gain)
+#pragma unroll
+                        for (int half = 0; half < 2; half++)
+                            gain[half] = {head.gain[d + half * (D / 2)], head.gain[d + half * (D / 2) + 1],
+                                          head.gain[d + half * (D / 2) + 2], head.gain[d + half * (D / 2) + 3]};
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        float low[4] = {lows[i].x, lows[i].y, lows[i].z, lows[i].w};
+                        float high[4] = {highs[i].x, highs[i].y, highs[i].z, highs[i].w};
+                        if (head.rotated) {
+                            const float g[8] = {gain[0].x, gain[0].y, gain[0].z, gain[0].w,
+                                                gain[1].x, gain[1].y, gain[1].z, gain[1].w};
+                            const float c[4] = {c4[i].x, c4[i].y, c4[i].z, c4[i].w}, s[4] = {s4[i].x, s4[i].y, s4[i].z, s4[i].w};
+#pragma unroll
+                            for (int e = 0; e < 4; e++) {
+                                low[e] *= g[e], high[e] *= g[e + 4];
+                                rotate(low[e], high[e], c[e], s[e]);
+                            }
+                        }
+                        if (target[i] < 0) continue;
+                        const size_t at = ((size_t)target[i] * head.heads + head.index) * D + d;
+                        if (h < H) store_run(q + at, low, true), store_run(q + at + D / 2, high, true);
+                        else if (h < H + K) store_run(k + at, low, true), store_run(k + at + D / 2, high, true);
+                        else store_run(v + at, low, true), store_run(v + at + D / 2, high, true);
+                    }
+                }
+            }
+        });
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+qkv_rope_wgmma_wide(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_heads<WgmmaWide<64>>(ARGUMENTS);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+qkv_rope_wgmma_turns(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_heads<WgmmaTurns<64>>(ARGUMENTS);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+qkv_rope_wgmma_middle(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_heads<WgmmaMiddle<64>>(ARGUMENTS);
+}
+
+#endif

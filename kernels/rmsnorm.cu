@@ -1,9 +1,8 @@
 // rmsnorm: out[r, c] = x[r, c] / sqrt(mean_c(x[r, c]^2) + eps) * weight[c];  with residual, x is residual + x, kept there
 //
 // Entry points rmsnorm_lanes          C <= 512: up to a warp a row, no barrier
-//              rmsnorm_warp           C <= 1024: a warp a row, twice as much a thread
 //              rmsnorm_row            otherwise: a block a row
-//              rmsnorm_add_lanes, rmsnorm_add_warp, rmsnorm_add_row   the same with a residual
+//              rmsnorm_add_lanes, rmsnorm_add_row   the same with a residual
 //              All keep the row in registers if C is a multiple of 8, all rows are 16-byte aligned and C <= 16,384; else
 //              they read it twice, element by element.
 // Arguments    out     [R, C]  OUT_TYPE
@@ -15,8 +14,8 @@
 //              lanes           int32, threads a row where that is not the block: the lowest power of two with 16 lanes >= C,
 //                              32 at most
 // Constants    X_TYPE, W_TYPE, OUT_TYPE   bf16 | f16 | f32
-// Work         .._lanes, .._warp: `lanes` threads a row, 16 or 32 elements each; whole warps up to 256 threads a block; grid
-//                                 enough for R rows; no shared memory
+// Work         .._lanes: `lanes` threads a row, 16 elements each; whole warps up to 256 threads a block; grid enough for R rows;
+//                        no shared memory
 //              .._row:  ceil(C/512) warps up to 32, 16 elements a thread; grid R; 384 bytes of shared memory
 // Precision    statistics, scaling and weight in float32; one rounding, when OUT_TYPE is narrower than float32.
 //              The weight is applied before that rounding (transformers rounds to the storage type first).
@@ -85,9 +84,10 @@ __device__ __forceinline__ Scale find_scale(Threads threads, Each each, int C, f
     return {0.0625f, r * (s * 16.0f)};  // what 1/16 flushes would be lost anyway; r s alone may be subnormal
 }
 
-// CHUNKS times 8 elements a thread, kept in registers as they lay in memory: bf16 takes half of what float32 does, and it
-// is threads at work at once that bring the bandwidth.
-template <int CHUNKS, bool ADD, class Threads>
+constexpr int CHUNKS = 2;  // of 8 elements a thread, kept in registers as they lay in memory: bf16 takes half of what float32
+                           // does, and it is threads at work at once that bring the bandwidth
+
+template <bool ADD, class Threads>
 __device__ __forceinline__ void in_registers(Threads threads, OUT_TYPE* out, const X_TYPE* x, const W_TYPE* weight,
                                              float* residual, int C, float eps) {
     using V = typename Choose<ADD, f32, X_TYPE>::type;
@@ -152,46 +152,42 @@ __device__ __forceinline__ void from_memory(Threads threads, OUT_TYPE* out, cons
         store(out + c, value(c) * scale.before * scale.after * to_float(weight[c]));
 }
 
-template <int CHUNKS, bool ADD, class Threads>
+template <bool ADD, class Threads>
 __device__ __forceinline__ void normalise(Threads threads, int row, OUT_TYPE* out, const X_TYPE* x, const W_TYPE* weight,
                                           float* residual, int C, float eps) {
     const size_t first = (size_t)row * C;
     const bool wide = C % 8 == 0 && ((size_t)out | (size_t)x | (size_t)weight | (size_t)residual) % 16 == 0;
     if (ADD) residual += first;
     if (wide && C <= 8 * CHUNKS * threads.count)
-        in_registers<CHUNKS, ADD>(threads, out + first, x + first, weight, residual, C, eps);
+        in_registers<ADD>(threads, out + first, x + first, weight, residual, C, eps);
     else
         from_memory(threads, out + first, x + first, weight, residual, C, eps);
 }
 
 #define PARAMETERS                                                                                                \
-    OUT_TYPE *__restrict__ out, const X_TYPE *__restrict__ x, const W_TYPE *__restrict__ weight, float *__restrict__ residual, \
+    OUT_TYPE *__restrict__ out, const X_TYPE *x, const W_TYPE *__restrict__ weight, float *residual, \
         int R, int C, float eps, int lanes
 
-template <int CHUNKS, bool ADD> __device__ __forceinline__ void by_lanes(PARAMETERS) {
+template <bool ADD> __device__ __forceinline__ void by_lanes(PARAMETERS) {
+    wait_for_launches_before();
     const int row = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
-    if (row < R) normalise<CHUNKS, ADD>(Lanes{lanes}, row, out, x, weight, residual, C, eps);
+    if (row < R) normalise<ADD>(Lanes{lanes}, row, out, x, weight, residual, C, eps);
 }
 template <bool ADD> __device__ __forceinline__ void by_block(PARAMETERS) {
     __shared__ float scratch[3][32];
-    normalise<2, ADD>(Block{scratch}, blockIdx.x, out, x, weight, residual, C, eps);
+    wait_for_launches_before();
+    normalise<ADD>(Block{scratch}, blockIdx.x, out, x, weight, residual, C, eps);
 }
 
 // Bounds of one or two blocks: where ptxas is left to itself it aims at more, and spills.
 extern "C" __global__ void __launch_bounds__(256, 2) rmsnorm_lanes(PARAMETERS) {
-    by_lanes<2, false>(out, x, weight, residual, R, C, eps, lanes);
-}
-extern "C" __global__ void __launch_bounds__(256, 2) rmsnorm_warp(PARAMETERS) {
-    by_lanes<4, false>(out, x, weight, residual, R, C, eps, lanes);
+    by_lanes<false>(out, x, weight, residual, R, C, eps, lanes);
 }
 extern "C" __global__ void __launch_bounds__(1024, 1) rmsnorm_row(PARAMETERS) {
     by_block<false>(out, x, weight, residual, R, C, eps, lanes);
 }
 extern "C" __global__ void __launch_bounds__(256, 2) rmsnorm_add_lanes(PARAMETERS) {
-    by_lanes<2, true>(out, x, weight, residual, R, C, eps, lanes);
-}
-extern "C" __global__ void __launch_bounds__(256, 2) rmsnorm_add_warp(PARAMETERS) {
-    by_lanes<4, true>(out, x, weight, residual, R, C, eps, lanes);
+    by_lanes<true>(out, x, weight, residual, R, C, eps, lanes);
 }
 extern "C" __global__ void __launch_bounds__(1024, 1) rmsnorm_add_row(PARAMETERS) {
     by_block<true>(out, x, weight, residual, R, C, eps, lanes);

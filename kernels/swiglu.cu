@@ -4,27 +4,35 @@
 //              swiglu_rows            T = 2 to 4: `parts` warps two columns of all rows; the weights stream once
 //              swiglu_mma_wide, _middle, _few   more rows, bf16 weights, C a multiple of 8, x and weights 16-byte aligned: tensor
 //                                     cores, gate and up in one tile of 128 x 128, 64 x 64 (x f32: 64 x 128) or 32 x 32
+//              swiglu_wgmma_wide, _turns, _middle, _few   the same with x bf16 on Hopper, F a multiple of 8, out 16-byte
+//                                     aligned: tiles of 128 x 256, 128 x 128 and 128 x 64 (wgmma.cuh)
 //              Otherwise cuda.swiglu takes two products and silu_mul.
 // Arguments    out        [T, F]  OUT_TYPE
 //              x          [T, C]  X_TYPE
 //              gate_proj, up_proj  [F, C]  W_TYPE, the checkpoint's layout
 //              T, F, C            int32
-//              parts              int32, 1, 2, 4 or 8, more where F is too small to fill the GPU with warps
+//              swiglu_wgmma_*: x and the weights are maps of these matrices (launch.tensor_map) with boxes of 128 rows, of the
+//              weights for _turns and _middle 64, for _few 32
+//              parts              int32, 1, 2, 4 or 8: cuda._short_parts
 // Constants    X_TYPE, OUT_TYPE   bf16 | f32
 //              W_TYPE             bf16 | f16 | f32
 // Work         row(s): 8 warps a block; grid ceil(F parts / 8), rows: / 16; up to 512 bytes of shared memory
 //              mma: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: cuda._tiles
+//              wgmma: 384 threads; grid pairs of blocks, as many as there are or run at once: a block takes tile after tile
 // Precision    products and sums in float32; expf is within 2 ulp and overflows to infinity, which gives the correct limit 0;
 //              one rounding when OUT_TYPE is bf16
-// Error bound  row(s): e_g = (C/32 + 14) eps32 sum_c |x gate_proj|, mma: 11/8 C eps32 (x bf16), (C/32 + 90) eps32 (x f32), e_u
-//              likewise (see matmul.cu, mma.cuh). silu has slopes from -0.1 to 1.1:
-//              1.1 e_g |u| + |silu(g)| e_u + 1.1 e_g e_u + 6 eps32 |silu(g) u|, before the final rounding
+// Error bound  row(s): e_g = (C/32 + 14) eps32 sum_c |x gate_proj|, mma: 11/8 C eps32 (x bf16), (C/32 + 90) eps32 (x f32),
+//              wgmma: 21/32 C eps32, e_u likewise (see matmul.cu). silu has slopes from -0.1 to 1.1:
+//              1.1 e_g |u| + |silu(g)| e_u + 1.1 e_g e_u + 6 eps32 |silu(g) u|, before the final rounding; wgmma, by
+//              __fdividef: 9 eps32 instead of 6, and |silu(g)| < 1.1e-36 gives 0
 // Traffic      2 F C sizeof(W_TYPE) bytes of weights, T (C sizeof(X_TYPE) + F sizeof(OUT_TYPE)) others, 4 T F C FLOP
 // Determinism  fixed order of summation. A row's result does not depend on the other rows. Both row entry points give the
-//              same bits, those of matmul_row followed by silu_mul where `parts` are the same; all of swiglu_mma_* give the same
+//              same bits, those of matmul_row followed by silu_mul where `parts` are the same; all of swiglu_mma_* give the same,
+//              and all of swiglu_wgmma_*
 // Wrapper cuda.swiglu · truth reference.swiglu · test tests/test_ops.py · benchmark benchmarks/ops.py
 #include "dot.cuh"
 #include "mma.cuh"
+#include "wgmma.cuh"
 
 template <int COLUMNS, int MAX_T>
 __device__ __forceinline__ void few_rows(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x,
@@ -40,6 +48,7 @@ __device__ __forceinline__ void few_rows(OUT_TYPE* __restrict__ out, const X_TYP
         rows[i] = gate_proj + row, rows[COLUMNS + i] = up_proj + row;
     }
     WarpDots<2 * COLUMNS, MAX_T, X_TYPE, W_TYPE> dots(x, rows, T, C, wide, warp % parts, parts);
+    dots.wait();
     float sums[2 * COLUMNS][MAX_T];
     dots.finish(sums);
     const float g = add_shares(sums, parts), u = __shfl_down_sync(0xffffffffu, g, COLUMNS * MAX_T);
@@ -119,3 +128,63 @@ swiglu_mma_few(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W
                const W_TYPE* __restrict__ up_proj, int T, int F, int C) {
     tensor_tile<Few>(out, x, gate_proj, up_proj, T, F, C);
 }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+template <class Tile>
+__device__ __forceinline__ void wgmma_tiles(OUT_TYPE* __restrict__ out, const TensorMap& x, const TensorMap& gate_proj,
+                                            const TensorMap& up_proj, int T, int F, int C) {
+    if constexpr (on_tensor_cores<X_TYPE> && on_tensor_cores<W_TYPE>) {
+        DYNAMIC_SHARED(unsigned char, shared);
+        const auto box = [&](int i, int column) { return WgmmaBox{i ? &up_proj : &gate_proj, column / 2}; };
+        const auto nothing = [](int, int) {};
+        Tile::product(shared, x, T, 2 * F, C, box, nothing, [&](const float (&acc)[Tile::NJ][4], int row0, int column, float* memory) {
+            const int row = row0 + threadIdx.x % 32 / 8, f0 = column / 2 + threadIdx.x % 8 * 4;
+#pragma unroll
+            for (int first = 0; first < Tile::NJ / 2; first += 4) {
+                float y[4][4];
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const float g = acc[first + j][e];
+                        y[j][e] = __fdividef(g, 1.0f + expf(-g)) * acc[first + j + Tile::NJ / 2][e];  // `/` branches
+                    }
+                float4 rows[4];
+                trade_rows(rows, y, memory);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int t = row + 4 * i, f = f0 + 8 * first;
+                    const float v[4] = {rows[i].x, rows[i].y, rows[i].z, rows[i].w};
+                    if (t < T && f < F) store_run(out + (size_t)t * F + f, v, true);
+                }
+            }
+        });
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+swiglu_wgmma_wide(OUT_TYPE* __restrict__ out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate_proj,
+                  const __grid_constant__ TensorMap up_proj, int T, int F, int C) {
+    wgmma_tiles<WgmmaWide<128>>(out, x, gate_proj, up_proj, T, F, C);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+swiglu_wgmma_turns(OUT_TYPE* __restrict__ out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate_proj,
+                  const __grid_constant__ TensorMap up_proj, int T, int F, int C) {
+    wgmma_tiles<WgmmaTurns<64>>(out, x, gate_proj, up_proj, T, F, C);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+swiglu_wgmma_middle(OUT_TYPE* __restrict__ out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate_proj,
+                  const __grid_constant__ TensorMap up_proj, int T, int F, int C) {
+    wgmma_tiles<WgmmaMiddle<64>>(out, x, gate_proj, up_proj, T, F, C);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
+swiglu_wgmma_few(OUT_TYPE* __restrict__ out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate_proj,
+                  const __grid_constant__ TensorMap up_proj, int T, int F, int C) {
+    wgmma_tiles<WgmmaFew<32>>(out, x, gate_proj, up_proj, T, F, C);
+}
+
+#endif

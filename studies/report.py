@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
+
+from benchmarks.pages import save, use_style
 
 CHECKPOINTS = ("demo", "ordinary", "heavy")
 # In the order of the forward pass, as in `variants.BOUNDARIES`, which needs more to be imported.
@@ -61,30 +62,11 @@ MARKERS = {"demo": ("#0072B2", "o"), "ordinary": ("#009E73", "s"), "heavy": ("#B
 
 def draw(record: dict[str, Any], folder: Path) -> None:
     """Write precision-layers.svg, precision-kl.svg, precision-boundaries.svg and precision-gains.svg into `folder`."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    # text stays text, and the same record gives the same bytes
-    matplotlib.rcParams.update(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "precision",
-            "font.size": 9,
-            "font.family": "sans-serif",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "legend.frameon": False,
-            "savefig.facecolor": "white",
-        }
-    )
-    folder.mkdir(parents=True, exist_ok=True)
+    use_style("precision")
     parts = {"layers": _layers, "kl": _kl, "boundaries": _boundaries, "gains": _gains}
     for name, part in parts.items():
         if (figure := part(record)) is not None:
-            path = folder / f"precision-{name}.svg"
-            figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-            path.write_text(re.sub(r"[ \t]+$", "", path.read_text(encoding="utf-8"), flags=re.M), encoding="utf-8")
-            print(f"drawn: {path}")
+            save(figure, folder / f"precision-{name}.svg")
 
 
 def _title(name: str, record: dict[str, Any]) -> str:

@@ -95,6 +95,18 @@ class _Options(ctypes.Structure):
         ("workers", ctypes.c_int),
         ("cooperative", ctypes.c_int),
         ("patience", ctypes.c_double),
+        ("late", ctypes.c_void_p),
+        ("lates", ctypes.c_int),
+        ("dependent", ctypes.c_int),
+    )
+
+
+class _Late(ctypes.Structure):
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("before", ctypes.c_void_p),
+        ("after", ctypes.c_void_p),
+        ("bytes", ctypes.c_size_t),
     )
 
 
@@ -103,11 +115,12 @@ def load_function(
     file: str, entry: str, defines: launch.Defines = (), *, cooperative: bool = False
 ) -> Callable[..., None]:
     """Compile kernels/<file>.cu (or an absolute path) with `-D` for each of `defines` and return its entry point as
-    `launch(grid, block, args, shared_bytes=0)`, which returns when the kernel has ended.
+    `launch(grid, block, args, shared_bytes=0, dependent=False, late=())`, which returns when the kernel has ended.
 
     args: C-contiguous NumPy arrays for pointers, None for a null pointer, NumPy scalars. Raises TypeError for an argument
     that the parameter cannot take, ValueError for a grid or block that a GPU refuses, KernelError for what goes wrong
-    inside. With `cooperative` all blocks run at once and may wait for each other; without, as many as the larger one of
+    inside. A `dependent` launch must call griddepcontrol_wait before it writes; the arguments numbered in `late`, which
+    launches before it have written, hold NaN until then. With `cooperative` all blocks run at once and may wait for each other; without, as many as the larger one of
     `settings.workers` and `settings.resident_blocks`.
     """
     library = build.kernel_library(file, defines)
@@ -120,16 +133,28 @@ def load_function(
     kernel = describe().contents
     launch_kernel = ctypes.CDLL(str(build.runtime())).emu_launch
 
-    def run(order: str, dims: ctypes.Array, shared_bytes: int, pointers: ctypes.Array) -> None:
+    def run(
+        order: str, dims: ctypes.Array, shared_bytes: int, pointers: ctypes.Array, lates: list[_Late] | None
+    ) -> None:
         workers = max(settings.workers, settings.resident_blocks)
         options = _Options(ORDERS.index(order), settings.seed, workers, cooperative, settings.patience)
+        if lates is not None:
+            array = (_Late * len(lates))(*lates)
+            options.late, options.lates, options.dependent = ctypes.addressof(array), len(lates), True
         error = ctypes.create_string_buffer(4096)
         if launch_kernel(
             ctypes.byref(kernel), ctypes.byref(options), dims, ctypes.c_size_t(shared_bytes), pointers, error, 4096
         ):
             raise KernelError(f"{entry}, threads {order}: {error.value.decode()}")
 
-    def start(grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_bytes: int = 0) -> None:
+    def start(
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple,
+        shared_bytes: int = 0,
+        dependent: bool = False,
+        late: tuple[int, ...] = (),
+    ) -> None:
         dims = _dimensions(entry, grid, block, kernel.max_threads)
         if not 0 <= shared_bytes <= MAX_SHARED:
             raise ValueError(f"{entry}: shared_bytes: wanted 0 to {MAX_SHARED}, got {shared_bytes}")
@@ -142,7 +167,8 @@ def load_function(
             if turn:
                 for i, array in written.items():
                     array[...] = before[i]
-            run(order, dims, shared_bytes, pointers)
+            content = _hold_back(args, written, late) if dependent else {}
+            run(order, dims, shared_bytes, pointers, [late for _, late in content.values()] if dependent else None)
             for i, array in written.items():
                 _check_red_zone(array, f"{entry}: argument {i}")
                 if turn:
@@ -151,7 +177,29 @@ def load_function(
                     first[i] = array.copy()
 
     start.max_threads = kernel.max_threads
+    start.writes = [
+        i for i in range(kernel.parameters) if kernel.parameter[i].is_pointer and not kernel.parameter[i].is_const
+    ]
     return start
+
+
+def _hold_back(args: tuple, written: dict[int, np.ndarray], late: tuple[int, ...]) -> dict[int, tuple[list, _Late]]:
+    """Fills the arguments in `late` with NaN until the launch waits. (Copies that must live on, what the runtime is told)
+    for each array, by address, that the launch may not read or write before."""
+    held = {}
+    for i in {*written, *late}:
+        array = args[i]
+        if not isinstance(array, np.ndarray) or array.ctypes.data in held:
+            continue
+        now = array.tobytes()
+        nan = b"\xff" * len(now)
+        is_late = any(isinstance(args[j], np.ndarray) and args[j].ctypes.data == array.ctypes.data for j in late)
+        copies = [ctypes.create_string_buffer(data, len(now)) for data in (nan if is_late else now, now)]
+        if is_late:
+            ctypes.memmove(array.ctypes.data, nan, len(now))
+        addresses = [array.ctypes.data, *map(ctypes.addressof, copies)]
+        held[array.ctypes.data] = copies, _Late(*addresses, len(now))
+    return held
 
 
 def _dimensions(entry: str, grid: tuple[int, ...], block: tuple[int, ...], max_threads: int) -> ctypes.Array:
@@ -186,13 +234,18 @@ def _bytes_of(entry: str, i: int, arg: object, kernel: _Kernel) -> ctypes.Array 
         if not (arg.flags.writeable or parameter.is_const):
             raise TypeError(f"{name}: wanted an array that may be written, got a read-only one")
         return ctypes.c_void_p(arg.ctypes.data)
+    if isinstance(arg, np.ndarray) and arg.dtype.type is np.void and arg.shape == (1,):
+        arg = arg[0]  # a structure as CuPy takes it
     if not isinstance(arg, np.generic):
         raise TypeError(f"{name}: wanted a NumPy scalar {wanted} of {parameter.size} bytes, got {type(arg).__name__}")
     if arg.itemsize != parameter.size or (wanted and arg.dtype.name != wanted):
         raise TypeError(
             f"{name}: wanted {wanted or 'a scalar'} of {parameter.size} bytes, got {arg.dtype} of {arg.itemsize}"
         )
-    return ctypes.create_string_buffer(arg.tobytes(), parameter.size)
+    room = ctypes.create_string_buffer(parameter.size + 63)  # aligned to 64 bytes, the most that a type asks for
+    placed = (ctypes.c_char * parameter.size).from_buffer(room, -ctypes.addressof(room) % 64)
+    placed.raw = arg.tobytes()
+    return placed
 
 
 def _compare(entry: str, i: int, first: np.ndarray, array: np.ndarray, order: str) -> None:
@@ -235,6 +288,14 @@ def upload(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def tensor_map(matrix: np.ndarray, box_rows: int) -> np.ndarray:
+    """The twin of launch.tensor_map, as ptx_twins.h reads it."""
+    columns = matrix.shape[-1]
+    words = np.zeros(16, np.uint64)
+    words[:5] = matrix.ctypes.data, matrix.size // columns, columns, box_rows, 0x70616D726F736E74
+    return words.view("V128")
+
+
 @functools.cache
 def _address_sanitizer() -> Callable | None:
     """AddressSanitizer's function that forbids memory to instrumented code (kernels; NumPy may still look)."""
@@ -272,9 +333,12 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
         "record": recorder.record,
         "copy": recorder.copy,
         "upload": upload,
+        "tensor_map": tensor_map,
+        "wgmma_processors": lambda: 0,  # as on a GPU before Hopper, unless a test says otherwise
         "has_gpu": lambda: True,
         "cupy": lambda: None,
         "free_bytes": lambda: 1 << 40,
+        "release_memory": lambda: None,
         "peak_bandwidth": lambda: 1e12,
         "max_shared_bytes": lambda: MAX_SHARED,
         "resident_blocks": lambda *_: 0,  # as on a GPU before Hopper, unless a test says otherwise

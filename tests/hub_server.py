@@ -6,7 +6,8 @@ Routes (as of huggingface_hub 0.30 to 2.4, without xet):
     POST      /api/models/ID/paths-info/COMMIT  the same for some files
     HEAD, GET /ID/resolve/REV/FILE              a small file; a large one (*.safetensors) redirects to the other host
     GET       /cdn/SHA256                       a large file, from "localhost" as the other host
-`HubServer.requests` holds every request as "METHOD path", so that a test can tell what was fetched.
+`HubServer.requests` holds every request as "METHOD path", so that a test can tell what was fetched; `HubServer.sent` is how
+many bytes of large files that were.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ class HubServer:
     def __init__(self, repos: dict[str, Repo]) -> None:
         self.repos = repos
         self.requests: list[str] = []
+        self.sent = 0  # bytes of large files
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
@@ -129,23 +131,25 @@ class _Handler(BaseHTTPRequestHandler):
             for file, data in repo.files.items()
             if _sha(data) == sha
         )
-        start = 0
+        start, end = 0, len(data)
         if self.headers.get("Range"):
-            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            start, end = int(first), min(end, int(last) + 1) if last else end
         headers = {"ETag": f'"{sha}"', "Accept-Ranges": "bytes", "Content-Disposition": f'inline; filename="{file}";'}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if start or end < len(data):
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         half = len(data) // 2
         if file == repo.truncate:
             sent = data[start:half]
         elif file == repo.slow:
             sent = data[start : start + 1000]
         else:
-            sent = data[start:]
-        self._send(206 if start else 200, sent, headers, length=len(data) - start)
+            sent = data[start:end]
+        self.hub.sent += len(sent)
+        self._send(206 if "Content-Range" in headers else 200, sent, headers, length=end - start)
         if file == repo.slow:
             time.sleep(60)
-        if len(sent) < len(data) - start:
+        if len(sent) < end - start:
             self.close_connection = True
 
     def _json(self, value: object) -> None:

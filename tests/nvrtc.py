@@ -29,7 +29,7 @@ from cuda_cpu.build import cache_folder
 
 from cuqwen import cuda, decode_step, launch
 
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")  # 90a: with wgmma, as launch.py compiles for Hopper
 # CuPy's own, and ptxas's report in the log: two options and not one joined by a comma, of which NVRTC reads the first.
 OPTIONS = ("--std=c++17", "-ftz=true", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills")
 TABLE = Path(__file__).parent / "kernel_resources.json"
@@ -157,22 +157,26 @@ def report(file: str, defines: launch.Defines, arch: str) -> tuple[dict[str, Res
     return {name: Resources(**fields) for name, fields in found["resources"].items()}, found["warnings"]
 
 
+def number(arch: str) -> int:
+    return int(arch.rstrip("a"))
+
+
 def architectures(file: str) -> tuple[str, ...]:
     """Those that a kernel of the package is compiled for: all, or from NN on if a line of its head says `// Needs sm_NN`."""
     head = re.match(r"(//[^\n]*\n)*", launch.source(file).partition("\n")[2])[0]
     needs = re.search(r"^// Needs\s+sm_(\d+)", head, re.M)
-    return tuple(arch for arch in ARCHITECTURES if int(arch) >= (int(needs[1]) if needs else 0))
+    return tuple(arch for arch in ARCHITECTURES if number(arch) >= (int(needs[1]) if needs else 0))
 
 
 Reports = dict[tuple[str, launch.Defines, str], tuple[dict[str, Resources], str]]
 
 
 def _stands(defines: launch.Defines, arch: str) -> bool:
-    """Whether a variant is compiled for an architecture: all are for sm_90, and for the others those that a bf16 model needs
+    """Whether a variant is compiled for an architecture: all are for sm_90a, and for the others those that a bf16 model needs
     and those of float32 throughout, which hold all that differs between architectures. (All of all took six minutes.)"""
     types = {value for _, value in defines}
     needed = dict(defines).get("W_TYPE", "bf16") == "bf16" and "f16" not in types
-    return arch == "90" or needed or not types & {"bf16", "f16"}
+    return arch == "90a" or needed or not types & {"bf16", "f16"}
 
 
 def report_all() -> Reports:

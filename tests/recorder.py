@@ -18,11 +18,11 @@ class Recorder:
     def load_function(self, file, entry, defines):
         start = self._load_function(file, entry, defines)
 
-        def launch(grid, block, args, shared_bytes=0):
+        def launch(grid, block, args, shared_bytes=0, dependent=False):
             if self._calls is None:
                 start(grid, block, args, shared_bytes)
             else:
-                self._calls.append((start, grid, block, [self._pointer(arg) for arg in args], shared_bytes))
+                self._calls.append((start, grid, block, [self._pointer(arg) for arg in args], shared_bytes, dependent))
 
         return launch
 
@@ -48,8 +48,13 @@ class Recorder:
         self._counters = outside
 
         def replay(keep=pool):
-            for start, grid, block, pointers, shared_bytes in calls:
-                start(grid, block, tuple(_array(pointer) for pointer in pointers), shared_bytes)
+            written = set()  # arrays, by the first byte of their owners
+            for start, grid, block, pointers, shared_bytes, dependent in calls:
+                args = tuple(_array(pointer) for pointer in pointers)
+                owners = {i: _owner(arg).ctypes.data for i, arg in enumerate(args) if isinstance(arg, np.ndarray)}
+                late = tuple(i for i, owner in owners.items() if owner in written)
+                start(grid, block, args, shared_bytes, dependent, late if dependent else ())
+                written |= {owners[i] for i in start.writes if i in owners}
                 assert counters is None or not counters.any(), "a kernel left its counters in launch.workspace() behind"
 
         return replay, result
@@ -60,7 +65,7 @@ class Recorder:
 
     @staticmethod
     def _pointer(arg):
-        if not isinstance(arg, np.ndarray):
+        if not isinstance(arg, np.ndarray) or arg.dtype.type is np.void:  # structures go by value
             return arg
         owner = _owner(arg)
         return weakref.ref(owner), arg.ctypes.data - owner.ctypes.data, arg.shape, arg.dtype

@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import cuqwen
-from cuqwen import generate
 
 PROMPT = "In the beginning"
 N = 32  # tokens of the text that most tests look at
@@ -267,17 +266,6 @@ def test_a_character_that_stays_incomplete_is_shown_at_the_end(tiny):
                 assert "".join(step.text for step in found) == tiny.tokenizer.decode(ids[:cut])
                 break
     assert cuts > 0
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 19, 20, 21])
-def test_a_prompt_is_read_in_chunks(tiny, monkeypatch, chunk):
-    """Of any length: each token goes in once, and the last one's logits come out."""
-    monkeypatch.setattr(generate, "PROMPT_CHUNK", chunk)
-    ids = list(range(40, 60))
-    cache = tiny.network.new_cache(len(ids))
-    logits, truth = generate._read_prompt(tiny.network, ids, cache), tiny.logits(ids)[-1:]
-    assert cache.length == len(ids) and logits.shape == truth.shape
-    assert np.max(np.abs(logits - truth)) <= 1e-4 * np.max(np.abs(truth))
 
 
 def test_end_ids_of_generation_config(tmp_path, steps):

@@ -45,7 +45,8 @@ class Case:
     size: Callable | None = None  # (*arguments) -> what the roundings count of, for each result; None: the results
     types: tuple = (BF16, F16, F32)
     capability: int = 80  # the compute capability that it needs
-    tile: str = ""  # of kernels/mma.cuh, where the wrapper would take another one for so few products
+    # Of kernels/mma.cuh or wgmma.cuh, where the wrapper would take another one for so few products; "mma": not wgmma.cuh on Hopper
+    tile: str = ""
 
 
 class Random:
@@ -107,7 +108,7 @@ def qkv_sizes(x, q_proj, k_proj, v_proj, cos, sin, positions, rows, out, q_norm,
     return [*sizes, *squares[:2]]
 
 
-def gated_products(x, gate_proj, up_proj):
+def gated_products(x, gate_proj, up_proj, out=None):
     """An error e in all of the products g and u changes silu(g) u by 1.1 e |u| + e |silu(g)| at most."""
     return [2.2 * products(x, gate_proj)[0] * products(x, up_proj)[0]]
 
@@ -116,7 +117,14 @@ def attention(r, kv, T, S, H=4, K=2, D=64):
     return call(r(T, H, D), r(S, K, D, dtype=kv), r(S, K, D, dtype=kv), np.arange(S - T, S, dtype=np.int32))
 
 
-def largest_value(q, keys, values, positions):
+def prompt(r, kv, q, D, T=150, S=190):
+    """Queries of which the last are in a block of their own and the first two nowhere in the cache."""
+    positions = np.arange(S - T, S, dtype=np.int32)
+    positions[:2] = -1, S
+    return call(r(T, 4, D, dtype=q), r(S, 2, D, dtype=kv), r(S, 2, D, dtype=kv), positions, out=empty(T, 4, D, dtype=q))
+
+
+def largest_value(q, keys, values, positions, out=None):
     return [np.abs(values.astype(F32)).max()]
 
 
@@ -132,6 +140,12 @@ def sample(*arguments, **named):
 def sampling(r, *settings):
     step, history = np.array([2], np.int32), r.below(3, 3000)
     return call(r(3000, scale=3), *settings, uniforms=r.rng.random(4), step=step, history=history)
+
+
+def reading(words, out):
+    """The number that read_all tells of is among the words."""
+    launch.load_function("read", "read_all", ())((2,), (512,), (words, np.int64(len(words)), out))
+    return out
 
 
 NETWORK = Config(
@@ -174,13 +188,16 @@ def three_steps(embed_tokens, layers, norm):
 QKV = (5, 5, 0, 5, 5)
 # Expf in a weight, in up to four shrinkages and in two merges, above and below the fraction.
 ATTENTION = 6 * 7 * 2
+# Twice the bound of kernels/attention_mma.cu with scores up to 4: by bf16 queries one weight in two may be rounded otherwise.
+ATTENTION_MMA = 2 * (190 / 32 + 176 + 8 * (11 / 8 * 128 + 16))
 SILU = 6 + 2
 # A token's way through two layers. Not derived: 4 were measured (H100 80GB HBM3, 2026-11-22)
 STEP = 100
 BLOCKS = 6  # of the launch that is a whole step: they wait for each other
 
 
-TILES = ("few", 33), ("middle", 130), ("wide", 130)  # with rows of x
+TILES = ("mma_few", 33), ("mma_middle", 130), ("mma_wide", 130)  # with rows of x
+WGMMA = ("wgmma_wide", 260), ("wgmma_turns", 260), ("wgmma_middle", 130), ("wgmma_few", 130)
 
 
 def on_tensor_cores(x, C):
@@ -189,10 +206,10 @@ def on_tensor_cores(x, C):
 
 CASES = [
     Case("embed", ops.embed, lambda r, w: call(r.below(9, 5), r(9, 70, dtype=w))),
-    Case("rmsnorm_warp", ops.rmsnorm, lambda r, w: call(r(11, 1000, dtype=w), r(1000), out=empty(11, 1000, dtype=w))),
+    Case("rmsnorm_row", ops.rmsnorm, lambda r, w: call(r(11, 1000, dtype=w), r(1000), out=empty(11, 1000, dtype=w))),
     Case("rmsnorm_lanes", ops.rmsnorm, lambda r, w: call(r(3, 77, dtype=w), r(77, dtype=w))),
     Case("rmsnorm_add_row", rmsnorm_residual, lambda r, w: call(r(3, 5120, dtype=w), r(5120), residual=r(3, 5120))),
-    Case("rmsnorm_add_warp", rmsnorm_residual, lambda r, w: call(r(3, 1000, dtype=w), r(1000), residual=r(3, 1000))),
+    Case("rmsnorm_add_row", rmsnorm_residual, lambda r, w: call(r(3, 1000, dtype=w), r(1000), residual=r(3, 1000))),
     Case("rmsnorm_add_lanes", rmsnorm_residual, lambda r, w: call(r(9, 200, dtype=w), r(200), residual=r(9, 200))),
     Case("rmsnorm_row", ops.rmsnorm, lambda r, w: call(r(3, 1031, dtype=w), r(1031))),
     Case("matmul_row", ops.matmul, lambda r, w: call(r(1, 96), r(40, 96, dtype=w), residual=r(1, 40))),
@@ -205,16 +222,23 @@ CASES = [
     Case("qkv_rope_row", ops.qkv_rope, lambda r, w: qkv(r, w, 1), QKV),
     Case("qkv_rope_rows", ops.qkv_rope, lambda r, w: qkv(r, w, 3), QKV),
     Case("qkv_rope_tile", ops.qkv_rope, lambda r, w: qkv(r, w, 37, C=99), QKV),
-    *(Case(f"matmul_mma_{tile}", ops.matmul, lambda r, w, x=x, T=T: call(r(T, 160, dtype=x), r(75, 160, dtype=w), residual=r(T, 75)), (on_tensor_cores(x, 160),), products, (BF16,), tile=tile) for tile, T in TILES for x in (F32, BF16)),
-    *(Case(f"swiglu_mma_{tile}", ops.swiglu, lambda r, w, x=x, T=T: call(r(T, 96, dtype=x), r(75, 96, dtype=w), r(75, 96, dtype=w)), (SILU + on_tensor_cores(x, 96),), gated_products, (BF16,), tile=tile) for tile, T in TILES for x in (F32, BF16)),
-    *(Case(f"qkv_rope_mma_{tile}", ops.qkv_rope, lambda r, w, x=x, T=T, D=D: qkv(r, w, T, D=D, x=x), (5 + on_tensor_cores(x, 96),), qkv_sizes, (BF16,), tile=tile) for tile, T in TILES for x, D in ((F32, 128), (BF16, 64))),
+    *(Case(f"matmul_{tile}", ops.matmul, lambda r, w, x=x, T=T: call(r(T, 160, dtype=x), r(75, 160, dtype=w), residual=r(T, 75)), (on_tensor_cores(x, 160),), products, (BF16,), tile=tile) for tile, T in TILES for x in (F32, BF16)),
+    *(Case(f"swiglu_{tile}", ops.swiglu, lambda r, w, x=x, T=T: call(r(T, 96, dtype=x), r(75, 96, dtype=w), r(75, 96, dtype=w)), (SILU + on_tensor_cores(x, 96),), gated_products, (BF16,), tile=tile) for tile, T in TILES for x in (F32, BF16)),
+    *(Case(f"qkv_rope_{tile}", ops.qkv_rope, lambda r, w, x=x, T=T, D=D: qkv(r, w, T, D=D, x=x), (5 + on_tensor_cores(x, 96),), qkv_sizes, (BF16,), tile=tile) for tile, T in TILES for x, D in ((F32, 128), (BF16, 64))),
+    *(Case(f"matmul_{tile}", ops.matmul, lambda r, w, T=T: call(r(T, 160, dtype=BF16), r(272, 160, dtype=w), residual=r(T, 272)), (on_tensor_cores(BF16, 160),), products, (BF16,), 90, tile) for tile, T in WGMMA),
+    *(Case(f"swiglu_{tile}", ops.swiglu, lambda r, w, T=T: call(r(T, 96, dtype=BF16), r(144, 96, dtype=w), r(144, 96, dtype=w), out=empty(T, 144, dtype=BF16)), (SILU + on_tensor_cores(BF16, 96),), gated_products, (BF16,), 90, tile) for tile, T in WGMMA),
+    *(Case(f"qkv_rope_{tile}", ops.qkv_rope, lambda r, w, T=T, D=D: qkv(r, w, T, D=D, x=BF16), (5 + on_tensor_cores(BF16, 96),), qkv_sizes, (BF16,), 90, tile) for (tile, T), D in zip(WGMMA[:3], (128, 64, 128), strict=True)),
     Case("qk_norm", ops.qk_norm, lambda r, w: call(r(3, 4, 64), r(3, 2, 64), r(3, 4) ** 2, r(3, 2) ** 2, rows=r.rng.permutation(7)[:3].astype(np.int32), out=(None, empty(7, 2, 64, dtype=w)))),
-    Case("attention_online", ops.attention, lambda r, w: attention(r, w, 7, 90), (ATTENTION,), largest_value),
-    Case("attention_split attention_merge", ops.attention, lambda r, w: attention(r, w, 2, 700), (ATTENTION,), largest_value),
+    Case("attention_1", ops.attention, lambda r, w: attention(r, w, 7, 90, H=2, D=24), (ATTENTION,), largest_value),
+    Case("attention_2", ops.attention, lambda r, w: attention(r, w, 2, 700), (ATTENTION,), largest_value),
+    *(Case("attention_mma", ops.attention, lambda r, w, q=q, D=D: prompt(r, w, q, D), (roundings,), largest_value, (BF16,), tile="mma") for q, D, roundings in ((F32, 64, ATTENTION_MMA), (F32, 128, ATTENTION_MMA), (BF16, 64, 2.0**16), (BF16, 128, 2.0**16))),
+    *(Case("attention_wgmma", ops.attention, lambda r, w, D=D: prompt(r, w, BF16, D), (2.0**16,), largest_value, (BF16,), 90, "wgmma") for D in (64, 128)),
+    Case("attention_4", ops.attention, lambda r, w: attention(r, w, 1, 300, H=10), (ATTENTION,), largest_value),
     Case("silu_mul", ops.silu_mul, lambda r, w: call(r(3, 257, scale=20), r(3, 257), out=empty(3, 257, dtype=w)), (SILU,), types=(F32, BF16)),
     Case("argmax_row", ops.argmax, lambda r, w: call(r(3, 3000)), types=(F32,)),
     Case("argmax_row", ops.argmax, lambda r, w: call(r(3, 9000)), types=(F32,)),
     *(Case("sample", sample, lambda r, w, settings=settings: sampling(r, *settings), types=(F32,)) for settings in ((), (0.8,), (0.8, 20), (0.8, 2500), (1.0, 0, 0.9), (1.0, 0, 1.0, 0.05), (0.7, 20, 0.95, 0.02, 1.2, 0.3, 0.1))),
+    Case("read_all", reading, lambda r, w: call(np.eye(9000, 4, k=2 - 8191, dtype=np.uint32) * np.uint32(0x12345678), np.zeros(1, np.uint32)), types=(F32,)),
     Case("decode_step", three_steps, lambda r, w: network(r), (STEP, STEP, STEP, 0, 0, STEP, STEP), types=(BF16,), capability=90),
 ]  # fmt: skip
 PARAMETERS = [
@@ -229,7 +253,7 @@ def entry_points():
     for path in launch.KERNEL_FOLDER.glob("*.cu"):
         text = re.sub(r"//.*", "", path.read_text())
         for declared in re.findall(r'extern\s+"C"\s+__global__([^{;]*)', text):
-            without_bounds = re.sub(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)", "", declared)
+            without_bounds = re.sub(r"__\w+__\s*\((?:[^()]|\([^()]*\))*\)", "", declared)
             yield re.search(r"(\w+)\s*\(", without_bounds)[1]
 
 
@@ -241,9 +265,9 @@ def noted_launches():
     def noting(file, entry, defines):
         start = load_function(file, entry, defines)
 
-        def noted(grid, block, args, shared_bytes=0):
+        def noted(grid, block, args, shared_bytes=0, dependent=False):
             launches.append((file, entry, defines, tuple(map(int, grid)), tuple(map(int, block)), int(shared_bytes)))
-            start(grid, block, args, shared_bytes)
+            start(grid, block, args, shared_bytes, dependent)
 
         return noted
 
@@ -266,7 +290,8 @@ def placed(value, put):
 def execute(case, arguments, put, get):
     """(the call's results as NumPy arrays, what was launched for them)."""
     forced = mock.patch.object(cuda, "_choose", lambda *_: case.tile) if case.tile else contextlib.nullcontext()
-    with noted_launches() as launches, forced:
+    without = mock.patch.object(launch, "wgmma_processors", lambda: 0) if case.tile == "mma" else contextlib.nullcontext()
+    with noted_launches() as launches, forced, without:
         positional, named = placed(arguments, put)
         results = case.operation(*positional, **named)
     return [get(a) for a in (results if isinstance(results, tuple) else (results,))], launches
@@ -279,7 +304,9 @@ def arguments_of(case, dtype):
 def emulate(case, arguments, request):
     settings = request.getfixturevalue("emulated_gpu")
     settings.orders, settings.resident_blocks = ("ascending",), BLOCKS  # other tests compare the orders of threads
-    return execute(case, arguments, lambda array: array, lambda array: array)
+    processors = mock.patch.object(launch, "wgmma_processors", lambda: 132) if case.tile.startswith("wgmma") else contextlib.nullcontext()
+    with processors:
+        return execute(case, arguments, lambda array: array, lambda array: array)
 
 
 def assert_agree(case, arguments, gpu, cpu):

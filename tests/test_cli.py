@@ -3,30 +3,27 @@
 The processes see no GPU, so that all machines run the same thing (`test_gpu.py` and its like run the command line there).
 """
 
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoints
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from terminal import CUQWEN, ROOT, environment, in_terminal, interrupt_at_import
 
-from cuqwen import __version__, cli
+from cuqwen import __version__, cli, launch
+from cuqwen.commands import figures
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "In the beginning"
 GREEDY = (PROMPT, "--model", "demo", "--temperature", "0", "--max-tokens", "24")
 NUMBER = r"\d[\d,.]*"
@@ -38,16 +35,6 @@ class Result:
     out: str
     err: str
     seconds: float
-
-
-def environment(**changes):
-    """The caller's environment without what could change the outcome: no GPU, no network, no Python settings.
-
-    One BLAS thread, since these models are so small that more of them wait for each other on a busy machine.
-    """
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LC_", "HF_", "COV_"))}
-    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "LC_ALL": "C.UTF-8"}
-    return env | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | changes
 
 
 def run(*command, stdin=b"", env=None, cwd=None):
@@ -88,7 +75,7 @@ def usage_line(result):
     assert (result.status, result.out) == (2, ""), result
     usage, _, line = result.err.rstrip("\n").rpartition("\n")
     assert usage.startswith("usage: cuqwen") and usage.count("usage:") == 1, result.err
-    assert re.match(r"cuqwen( generate)?: error: ", line), result.err
+    assert re.match(r"cuqwen( \w+)?: error: ", line), result.err
     return line
 
 
@@ -177,6 +164,83 @@ def test_few_tokens(greedy, count):
     assert result.status == 0 and len(report["tokens"]) == count and greedy.startswith(report["text"])
 
 
+def test_closing_line():
+    """As the README shows it, for a model on a GPU of 3.35 TB/s."""
+
+    class Network:
+        def read_bytes_per_token(self, context):
+            assert context == 20 + 128
+            return 1_192_099_840
+
+    model = SimpleNamespace(device="cuda", network=Network())
+    answer = figures.Answer(model, 20, 20, started=1.0)
+    answer.steps = [None] * 256
+    answer.times = [1.0042 + i / 2013 for i in range(256)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "peak_bandwidth", lambda: 3.35e12)
+        patch.setattr(figures, "memory_bytes", lambda model: 1_610_000_000)
+        assert answer.line() == "prompt 20 tok · 4 ms | 256 tok · 2,013 tok/s · 2.40 TB/s · 72 % of this GPU | 1.6 GB"
+        patch.setattr(launch, "peak_bandwidth", lambda: 0.0)
+        patch.setattr(figures, "memory_bytes", lambda model: 0)
+        assert answer.line() == "prompt 20 tok · 4 ms | 256 tok · 2,013 tok/s · 2.40 TB/s"
+        answer.steps, answer.times = answer.steps[:1], answer.times[:1]
+        assert answer.line() == "prompt 20 tok · 4 ms"
+
+
+def test_closing_line_on_the_cpu():
+    result = generate(*GREEDY)
+    line = r"prompt 3 tok · [\d,]+ ms \| 24 tok · [\d,]+ tok/s · \d+\.\d\d [GM]B/s \| \d+\.\d [GM]B\n"
+    assert result.status == 0 and re.fullmatch(line, result.err), result.err
+
+
+def test_stats_are_a_table(greedy):
+    result = generate(*GREEDY, "--stats")
+    assert (result.status, result.out) == (0, greedy)
+    rows = dict(re.findall(r"^(\w+) +(.+)$", result.err, re.M))
+    assert [*rows] == ["load", "prompt", "answer", "each", "reads", "memory"]
+    assert rows["prompt"].startswith("3 tokens, ") and rows["answer"].startswith("24 tokens, ")
+
+
+def test_prompt_file(greedy, tmp_path):
+    file = tmp_path / "a prompt.txt"
+    file.write_bytes(PROMPT.encode() + b"\r\n")
+    assert text_of("--prompt-file", str(file), *GREEDY[1:]) == greedy
+    assert "cannot be read" in failure("--prompt-file", str(tmp_path / "none"), *GREEDY[1:])
+    file.write_bytes(b"\xff")
+    assert "UTF-8" in failure("--prompt-file", str(file), *GREEDY[1:])
+
+
+def test_several_answers(capsys):
+    """In this process, since they are many runs."""
+
+    def text(*arguments):
+        hot = ("--model", "demo", "--temperature", "1.5", "--max-tokens", "8", "--device", "cpu", "--quiet", "--seed")
+        assert cli.main(["generate", PROMPT, *hot, *arguments]) == 0
+        return capsys.readouterr().out
+
+    three = [text(str(seed)) for seed in (7, 8, 9)]
+    assert text("7", "--n", "3") == "---\n".join(three)
+    report = json.loads(text("7", "--n", "3", "--json"))
+    assert [answer["text"].removesuffix("\n") + "\n" for answer in report["answers"]] == three
+    assert report["text"] == report["answers"][0]["text"]
+    assert text(str(2**64 - 1), "--n", "2").endswith("---\n" + text("0"))
+
+
+def test_logprobs(demo, capsys):
+    assert cli.main(["generate", *GREEDY, "--json", "--quiet", "--device", "cpu", "--logprobs", "3"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    ids = demo.tokenizer.encode(PROMPT)
+    logits = demo.logits(ids + report["tokens"])[len(ids) - 1 : -1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert len(report["logprobs"]) == 24
+    for row, token, said in zip(expected, report["tokens"], report["logprobs"], strict=True):
+        assert (said["token"], said["text"]) == (token, demo.tokenizer.decode([token]))
+        assert said["logprob"] == pytest.approx(row[token], abs=1e-4)  # of logits up to 20 in float32
+        assert [top["token"] for top in said["top"]] == np.argsort(-row)[:3].tolist() and said["top"][0][
+            "token"
+        ] == token
+
+
 def test_raw_continues_as_it_stands(greedy):
     assert text_of(*GREEDY, "--raw") == greedy  # the demo has no chat template
 
@@ -262,6 +326,20 @@ WRONG_USAGE = [
     ("generate", "x", "y", "--model", "demo"),
     ("generate", "x", "--model", "demo", "--no-such-option"),
     ("invent", "x"),
+    ("chat",),
+    ("chat", "--model", "demo", "--max-tokens", "0"),
+    ("info",),
+    ("perplexity", "demo"),
+    ("perplexity", "demo", "x", "--stride", "0"),
+    ("doctor", "--device", "tpu"),
+    ("bench",),
+    ("generate", "x", "--model", "demo", "--prompt-file", "y"),
+    ("generate", "x", "--model", "demo", "--stats", "--quiet"),
+    ("generate", "x", "--model", "demo", "--n", "0"),
+    ("generate", "x", "--model", "demo", "--logprobs", "2"),
+    ("generate", "x", "--model", "demo", "--json", "--logprobs", "0"),
+    ("generate", "x", "--model", "demo", "--raw", "--thinking-budget", "5"),
+    ("generate", "x", "--model", "demo", "--no-think", "--thinking-budget", "5"),
     ("generate", "x", "--model", "demo", "--max-tokens", "0"),
     ("generate", "x", "--model", "demo", "--temperature=-1"),
     ("generate", "x", "--model", "demo", "--raw", "--system", "Be brief."),
@@ -288,7 +366,7 @@ def test_wrong_usage_is_told_at_once(arguments):
 
 
 def test_help_and_version_are_told_at_once():
-    for arguments in (("--help",), ("generate", "--help"), ("--version",)):
+    for arguments in (("--help",), *((name, "--help") for name in cli.COMMANDS), ("--version",)):
         result, modules = imported_modules(*arguments)
         assert (result.status, result.err) == (0, "") and not modules & HEAVY
     assert result.out == f"cuqwen {__version__}\n"
@@ -298,9 +376,24 @@ def test_help_names_every_option():
     text = run(sys.executable, "-m", "cuqwen", "generate", "--help").out
     for option in (
         "model", "max-tokens", "temperature", "top-k", "top-p", "min-p", "seed", "stop", "system", "raw", "no-think",
-        "device", "json", "quiet", "revision", "check-weights",
+        "device", "json", "quiet", "revision", "check-weights", "prompt-file", "n", "stats", "thinking-budget", "exact", "logprobs",
     ):  # fmt: skip
         assert f"--{option} " in text.replace("\n", " ").replace(",", " "), option
+
+
+@pytest.mark.parametrize("width", [40, 200])
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_in_narrow_and_wide_terminals(command, width):
+    status, shown, _ = in_terminal([*CUQWEN, *filter(None, [command]), "--help"], width=width)
+    assert status == 0 and shown.startswith("usage: cuqwen")
+    usage, _, rest = shown.partition("\n\n")
+    if command != "bench":  # which keeps its own lines
+        assert max(map(len, rest.splitlines())) <= width
+    assert all(len(line) <= width or len(line.strip().split(" [")) == 1 for line in usage.splitlines()), usage
+    flat = " ".join(shown.split())
+    assert "Qwen3 on one" in flat if not command else all(f"{option} " in flat for option in ("--help", "--device")), (
+        flat
+    )
 
 
 # --- what the user can get wrong -----------------------------------------------------------------------------------
@@ -594,60 +687,13 @@ def test_interrupt_while_reading_standard_input():
 @pytest.mark.parametrize("module", ["numpy", "safetensors", "tokenizers"])
 def test_interrupt_while_loading(module):
     """The signal comes at the import of a module that is needed for loading: always at the same place."""
-    code = f"""
-import os, signal, sys
-class Interrupt:
-    def find_spec(name, path=None, target=None):
-        if name == {module!r}:
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Interrupt)
-from cuqwen.cli import main
-sys.exit(main(["generate", "x", "--model", "demo"]))
-"""
-    result = run(sys.executable, "-c", code)
+    result = run(*interrupt_at_import(module, "generate", "x", "--model", "demo"))
     assert (result.status, result.out) == (130, "") and result.err.count("\n") <= 2
-
-
-def in_terminal(command, keys=None, after=b""):
-    """Run a command in a terminal of its own and press `keys` once `after` was printed (nothing: at once).
-
-    Returns (status, what the terminal showed, whether its settings are as before).
-    """
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    before = termios.tcgetattr(master)
-    process = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, env=environment(TERM="xterm"), start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
-    os.close(slave)
-    shown, deadline = b"", time.monotonic() + 30
-    if keys is not None and not after:
-        os.write(master, keys)
-        keys = None
-    while time.monotonic() < deadline:
-        if not select.select([master], [], [], 1)[0]:
-            continue
-        try:
-            piece = os.read(master, 4096)
-        except OSError:  # Linux's way to say that the other side is gone
-            break
-        if not piece:
-            break
-        shown += piece
-        if keys is not None and after in shown:
-            os.write(master, keys)
-            keys = None
-    else:
-        process.kill()
-    same = termios.tcgetattr(master) == before
-    os.close(master)
-    return process.wait(timeout=10), shown.decode("utf-8").replace("\r\n", "\n"), same
 
 
 def test_interrupt_in_a_terminal_leaves_it_clean(endless, greedy):
     start = greedy[: len(greedy) // 2]
-    status, shown, same_settings = in_terminal(long_run(endless), b"\x03", after=start.split("\n")[0].encode())
+    status, shown, same_settings = in_terminal(long_run(endless), "\x03", after=start.split("\n")[0])
     assert status == 130 and same_settings
     assert "Traceback" not in shown and shown.endswith("\n")  # the shell's prompt starts on a new line
     assert "\x1b[?25l" not in shown or shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is there
@@ -665,13 +711,13 @@ def test_no_prompt_in_a_terminal_does_not_wait():
 
 def test_prompt_typed_in_a_terminal(greedy):
     command = [sys.executable, "-m", "cuqwen", "generate", "-", *GREEDY[1:]]
-    status, shown, _ = in_terminal(command, PROMPT.encode() + b"\n\x04")
+    status, shown, _ = in_terminal(command, PROMPT + "\n\x04")
     assert status == 0 and greedy.rstrip("\n") in shown
 
 
 def test_progress_bar_for_a_person_only(greedy):
     """A bar in a terminal for large files (here: all), none with --quiet and none in a pipe."""
-    code = "import sys; from cuqwen import cli; cli.PROGRESS_FROM_BYTES = 1; sys.exit(cli.main(sys.argv[1:]))"
+    code = "import sys; from cuqwen import cli; from cuqwen.commands import loading; loading.PROGRESS_FROM_BYTES = 1; sys.exit(cli.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "generate", *GREEDY]
     status, shown, _ = in_terminal(command)
     assert status == 0 and re.search(r"load.*\d+%", shown)
@@ -695,3 +741,12 @@ def test_answers_within_three_seconds():
     if min(seconds) >= 3 and load > 0.75 * processors:  # this test suite alone makes a load of about 1
         pytest.skip(f"{min(seconds):.1f} s, but others use this machine (load {load:.1f} on {processors} processors)")
     assert min(seconds) < 3
+
+
+def test_page_of_the_commands_is_up_to_date():
+    sys.path.insert(0, str(ROOT))
+    from tools import commands_page
+
+    text = commands_page.PAGE.read_text(encoding="utf-8")
+    assert commands_page.render(text) == text, "run python -m tools.commands_page"
+    assert re.findall(r"<!-- options of (\w+) -->", text) == list(cli.COMMANDS)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from cuqwen.config import CheckpointError, Config, GenerationConfig, check_sampling_value
+from cuqwen.config import CheckpointError, Config, GenerationConfig, Yarn, check_sampling_value
 
 # What the released files share, in the spelling they were published with (transformers 4).
 QWEN3 = {
@@ -139,7 +139,9 @@ def test_released_models_are_read(name, spelling):
     assert config.has_qkv_bias is name.startswith("Qwen2")
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
-        assert type(value) is (tuple if field.name == "eos_token_id" else field.type)
+        if field.name != "rope_scaling":
+            assert type(value) is (tuple if field.name == "eos_token_id" else field.type)
+    assert config.rope_scaling is None and config.context_length == d["max_position_embeddings"]
 
 
 def test_from_folder_and_frozen(tmp_path, small):
@@ -170,7 +172,7 @@ def test_what_transformers_saves_is_read(tmp_path, kind):
     saved.save_pretrained(tmp_path)
     config = Config.from_folder(tmp_path)
     head_dim = 128 if kind == "Qwen3Config" else 24
-    expected = (96, 160, 3, 4, 2, head_dim, 301, 512, 1e-5, 12345.0, True, "float16", (7, 9))
+    expected = (96, 160, 3, 4, 2, head_dim, 301, 512, 1e-5, 12345.0, True, "float16", (7, 9), None)
     assert dataclasses.astuple(config)[1:] == expected
 
 
@@ -239,11 +241,13 @@ def test_qwen2_head_dim():
         ({"num_experts": False}, ["num_experts", "wanted no such key, null or 0, got false"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
         ({"per_layer_config": {"0": {"head_dim": 64}}}, ["per_layer_config"]),
-        ({"rope_scaling": {"factor": 4.0, "rope_type": "yarn"}}, ["rope_scaling.rope_type", '"default"', '"yarn"']),
+        ({"rope_scaling": {"factor": 4.0, "rope_type": "dynamic"}}, ["rope_scaling.rope_type", '"yarn"', '"dynamic"']),
+        ({"rope_scaling": {"rope_type": "llama3"}}, ["rope_scaling.rope_type", '"default" or "yarn"', '"llama3"']),
+        ({"rope_scaling": {"rope_type": "longrope"}}, ["rope_scaling.rope_type", "Remove the scaling"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling.type", '"linear"', "Remove the scaling"]),
         ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, ["rope_scaling.mrope_section"]),
         ({"rope_scaling": "yarn"}, ["rope_scaling", "an object"]),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, ["rope_parameters.rope_type", '"yarn"']),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, ["rope_parameters.factor", "no such key"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, ["rope_parameters.full_attention"]),
         ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}}, ["partial_rotary_factor", "0.25"]),
         ({"use_sliding_window": True, "sliding_window": 4096}, ["use_sliding_window", "4096", "layer 25 of 28"]),
@@ -284,6 +288,64 @@ def test_spellings_that_contradict_each_other(small):
     refused({**small, "dtype": "float16"}, "torch_dtype", "float16", "bfloat16")
     refused({**small, "layer_types": ["full_attention"] * 27}, "layer_types", "28", "list of 27")
     refused({**small, "rope_scaling": {"rope_type": "default", "type": "yarn"}}, "rope_scaling.type")
+
+
+# --- YaRN ----------------------------------------------------------------------------------------------------------
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}  # as in Qwen3's README
+
+
+def test_yarn_as_published(small):
+    """In either spelling; 131,072 tokens, whatever max_position_embeddings says."""
+    plain = Config.from_dict(small, "")
+    wanted = Yarn(4.0, 32768, 0.1 * math.log(4) + 1, 32.0, 1.0, True)
+    config = Config.from_dict({**small, "rope_scaling": YARN}, "")
+    assert config == dataclasses.replace(plain, rope_scaling=wanted) and config.context_length == 131072
+    assert (plain.context_length, config.max_position_embeddings) == (40960, 40960)
+    old = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768}  # as in Qwen2.5's
+    for d in (
+        {**small, "rope_scaling": old},
+        {**small, "rope_scaling": {**YARN, "type": "yarn", "attention_factor": None, "beta_fast": None}},
+        {**respelled(small), "rope_parameters": {**YARN, "rope_theta": 1000000}},
+        {**small, "rope_parameters": {**YARN, "rope_theta": 1000000}, "rope_scaling": old},
+    ):
+        assert Config.from_dict(d, "") == config
+    assert Config.from_dict(released("Qwen3-4B-Instruct-2507"), "").context_length == 262144
+
+
+def test_yarn_with_everything(small):
+    given = {"attention_factor": 0.5, "beta_fast": 16, "beta_slow": 2.0, "truncate": False}
+    config = Config.from_dict({**small, "rope_scaling": {**YARN, **given}}, "")
+    assert config.rope_scaling == Yarn(4.0, 32768, 0.5, 16.0, 2.0, False)
+    config = Config.from_dict({**small, "rope_scaling": {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5}}, "")
+    assert config.rope_scaling.attention_factor == (0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+
+
+@pytest.mark.parametrize("changes,parts", [
+    ({"factor": 0.5}, ["rope_scaling.factor", "from 1", "0.5"]),
+    ({"factor": "4"}, ["rope_scaling.factor"]),
+    ({"factor": None}, ["rope_scaling.factor"]),
+    ({"original_max_position_embeddings": None}, ["rope_scaling.original_max_position_embeddings", "not guessed"]),
+    ({"original_max_position_embeddings": 32768.0}, ["rope_scaling.original_max_position_embeddings"]),
+    ({"attention_factor": -1.0}, ["rope_scaling.attention_factor"]),
+    ({"beta_fast": 0.5}, ["rope_scaling.beta_fast", "beta_slow = 1.0", "0.5"]),
+    ({"beta_slow": math.nan}, ["rope_scaling.beta_slow"]),
+    ({"truncate": 1}, ["rope_scaling.truncate", "true or false"]),
+    ({"truncate": None}, ["rope_scaling.truncate", "true or false"]),
+    ({"short_factor": [1.0]}, ["rope_scaling.short_factor", "YaRN has", "beta_fast"]),
+    ({"partial_rotary_factor": 0.5}, ["rope_scaling.partial_rotary_factor"]),
+    ({"type": "default"}, ["rope_scaling.type", "the same as rope_scaling.rope_type = 'yarn'"]),
+])  # fmt: skip
+def test_yarn_refused(small, changes, parts):
+    refused({**small, "rope_scaling": {**YARN, **changes}}, *parts)
+
+
+def test_yarn_contradicted(small):
+    refused(
+        {**small, "rope_scaling": YARN, "rope_parameters": {**YARN, "factor": 2.0}}, "rope_scaling", "rope_parameters"
+    )
+    refused({**small, "rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6}}, "rope_scaling", "rope_parameters")
+    refused({**small, "rope_scaling": YARN, "rope_theta": 1}, "rope_theta", "> 1 for YaRN")
 
 
 # --- wrong types and impossible values -------------------------------------------------------------------------------

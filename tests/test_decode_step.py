@@ -20,11 +20,11 @@ SPECS = {
     for spec in (
         Spec("two_heads_a_key_head", 4, 2, 64, 128, 192, 264),
         Spec("untied_no_gain_biases", 7, 1, 64, 448, 320, 272, model_type="qwen2", tie_word_embeddings=False),
-        Spec("four_heads_together_ragged_segments", 4, 1, 128, 1088, 1216, 264, k_gains="ordinary"),
+        Spec("two_heads_together_ragged_segments", 4, 1, 128, 1088, 1216, 264, k_gains="ordinary"),
         Spec("two_segments_each", 16, 8, 128, 2048, 2176, 520, num_hidden_layers=1, k_gains="ordinary"),
     )
 }
-BLOCKS = {"two_heads_a_key_head": 5, "untied_no_gain_biases": 8, "four_heads_together_ragged_segments": 17}
+BLOCKS = {"two_heads_a_key_head": 5, "untied_no_gain_biases": 8, "two_heads_together_ragged_segments": 17}
 
 
 def load(folder, device, kv_dtype=F32):
@@ -96,10 +96,10 @@ def test_decode_step(start, tmp_path, name, kv):
 
 
 @pytest.mark.parametrize(
-    "heads,cached", [(2, 255), (2, 256), (2, 257), (2, 300), (2, 600), (2, 1100), (1, 1100), (1, 2100)]
+    "heads,cached", [(2, 63), (2, 64), (2, 65), (2, 192), (2, 193), (2, 300), (2, 600), (2, 1100), (1, 1100), (1, 2100)]
 )
 def test_decode_step_shares_out_the_keys(start, tmp_path, heads, cached):
-    """From 257 cached keys on several blocks, up to 16, share a head's. Poison behind the sequence must not be read."""
+    """From 193 cached keys on several blocks, up to 16, share a head's. Poison behind the sequence must not be read."""
     spec = Spec("long", heads, 1, 64, 128, 192, 264, num_hidden_layers=1, k_gains="ordinary")
     folder = write(tmp_path, spec)
     rng = np.random.default_rng(cached)
@@ -224,7 +224,7 @@ def test_decode_step_gives_up_when_words_never_come(start, tmp_path, temperature
     ({"vocab_size": 301}, "a vocabulary that is a multiple of 8"),
     ({"intermediate_size": 200}, "widths that are multiples of 64"),
     ({"head_dim": 32}, "heads of 64 or 128"),
-    ({"hidden_size": 2048}, "that runs 32 blocks with 204 KB of shared memory at once"),
+    ({"hidden_size": 2048}, "that runs 32 blocks with 220 KB of shared memory at once"),
 ])  # fmt: skip
 def test_obstacles(start, tmp_path, change, message):
     spec = Spec(**{**vars(SPECS["two_heads_a_key_head"]), **change})

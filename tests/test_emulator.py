@@ -1,5 +1,6 @@
 """The emulator that runs our kernels on the CPU: what it computes is CUDA, and what it is there to catch, it catches."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -229,9 +230,9 @@ def test_blocks_may_wait_for_each_other_in_a_cooperative_launch(intrinsics):
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason=nvrtc.unavailable_reason())
-@pytest.mark.parametrize("file", ["intrinsics", "barriers", "memory", "ptx", "ptx_sm90"])
+@pytest.mark.parametrize("file", ["intrinsics", "barriers", "memory", "ptx", "ptx_sm90", "ptx_sm90a", "dependent"])
 def test_the_kernels_here_are_cuda(file):
-    assert nvrtc.compile(build.source(str(PLANTED / file)), "90").resources
+    assert nvrtc.compile(build.source(str(PLANTED / file)), "90a").resources
 
 
 def test_the_fallback_without_assembly(monkeypatch):
@@ -482,6 +483,28 @@ def test_a_fence_between_proxies_changes_nothing_here(intrinsics):
     out = np.zeros(32, np.float32)
     intrinsics("proxies", (1,), (32,), out, file="ptx_sm90")
     np.testing.assert_array_equal(out, np.arange(32)[::-1])
+
+
+# What a launch that overlaps with those before it reports by fault.
+DEPENDENT = {
+    "READS_EARLY": "argument 0 depends on the order of threads",  # the first to wait lets the result arrive
+    "WRITES_EARLY": "griddepcontrol_wait PLACE: something was written before to an array of 384 bytes",
+    "NEVER_WAITS": "it ends without griddepcontrol_wait",
+}
+
+
+@pytest.mark.parametrize("fault", ["NONE", *DEPENDENT])
+def test_a_dependent_launch_waits_before_it_touches_what_others_use(rng, fault):
+    assert set(faults("dependent")) == {"NONE", *DEPENDENT}
+    x, y = rng.standard_normal((2, 96)).astype(np.float32)
+    out = y.copy()
+    launches = [reported(DEPENDENT[fault], "dependent")] if fault in DEPENDENT else []
+    with contextlib.ExitStack() as stack:
+        for context in (emulator.orders(), *launches):
+            stack.enter_context(context)
+        planted("dependent", "add")((3,), (32,), (out, x, faults("dependent")[fault]), 0, True, (1,))
+    if fault == "NONE":
+        np.testing.assert_array_equal(out, x + y)
 
 
 # ---- it catches what it is there to catch ----

@@ -4,7 +4,9 @@ Sides: the NumPy reference; the CUDA sources run on the CPU; with `-m gpu` the s
 the bounds in the heads of the kernels: so many roundings (eps32 = 2**-24 each) of the sum of absolute terms.
 """
 
+import ctypes
 import math
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -443,11 +445,11 @@ def test_qkv_rope_beyond_the_table(side, rng, T):
 
 
 @pytest.mark.parametrize("T,H,K,D", [(1, 16, 8, 128), (7, 4, 2, 64), (3, 5, 1, 20), (0, 2, 1, 8)])
-@pytest.mark.parametrize("kv", STORAGE)
-def test_qk_norm(side, rng, T, H, K, D, kv):
+@pytest.mark.parametrize("q_type,kv", [(F32, BF16), (F32, F16), (F32, F32), (BF16, BF16)])
+def test_qk_norm(side, rng, T, H, K, D, q_type, kv):
     q, k, scale = random(rng, (T, H, D)), random(rng, (T, K, D)), 10.0 ** rng.integers(-6, 4, (T, 1))
     q_ms, k_ms = ((random(rng, (T, n)) ** 2 * scale).astype(F32) for n in (H, K))
-    out = side.put(poisoned(q.shape)), side.put(poisoned(k.shape, kv))
+    out = side.put(poisoned(q.shape, q_type)), side.put(poisoned(k.shape, kv))
     got = ops.qk_norm(*map(side.put, (q, k, q_ms, k_ms)), 1e-6, out=out)
     for array, a, ms in zip(got, (q, k), (q_ms, k_ms), strict=True):
         truth = wide(a) / np.sqrt(wide(ms) + float(F32(1e-6)))[..., None]
@@ -495,13 +497,15 @@ def attention_truth(q, keys, values, positions):
             p = np.exp(scores - scores.max())
             p /= p.sum()
             out[t, h] = p @ v
-            # an error e in every score changes the weights by a factor of at most exp(2 e)
-            roundings = (last + 1) / 32 + 64 + 16 + (q.shape[2] / 8 + 4) * 2 * size.max()
+            # an error e in every score changes the weights by a factor of at most exp(2 e); at most 13 roundings make a
+            # score, its product with 1/sqrt(D) and exp some more. Keys go to 8 to 512 groups, these to up to 64 shares
+            groups = 256 >> (-(-q.shape[2] // 8) - 1).bit_length()  # at least
+            roundings = (last + 1) / groups + groups + 64 + 16 + (13 + 4) * 2 * size.max()
             bound[t, h] = roundings * EPS32 * (p @ np.abs(v)) * 2
     return out, bound
 
 
-ATTENTION_SHAPES = [(1, 16, 8, 128, 0), (1, 4, 2, 64, 70), (1, 8, 1, 128, 31), (5, 5, 1, 24, 32), (9, 2, 2, 8, 0), (40, 4, 1, 64, 3), (3, 1, 1, 256, 40), (0, 2, 1, 8, 4), (1, 4, 2, 128, 300), (4, 8, 1, 64, 510), (2, 2, 2, 24, 1100)]  # fmt: skip
+ATTENTION_SHAPES = [(1, 16, 8, 128, 0), (1, 4, 2, 64, 70), (1, 8, 1, 128, 31), (5, 5, 1, 24, 32), (9, 2, 2, 8, 0), (40, 4, 1, 64, 3), (3, 1, 1, 256, 40), (0, 2, 1, 8, 4), (1, 4, 2, 128, 300), (4, 8, 1, 64, 510), (2, 2, 2, 24, 1100), (1, 10, 2, 64, 500), (2, 6, 2, 96, 300), (1, 3, 3, 40, 600)]  # fmt: skip
 
 
 @pytest.mark.parametrize("kv", STORAGE)
@@ -548,8 +552,9 @@ def test_attention_beyond_the_cache(side, rng, tokens, rows):
         assert np.all(np.isnan(got[1])) and np.all(np.isfinite(np.delete(got, 1, 0)))
 
 
-def test_attention_may_overwrite_its_queries(side, rng):
-    q, rows, positions = random(rng, (6, 4, 32)), random(rng, (6, 2, 32)), np.arange(6, dtype=np.int32)
+@pytest.mark.parametrize("T,S", [(6, 6), (2, 900)])
+def test_attention_may_overwrite_its_queries(side, rng, T, S):
+    q, rows, positions = random(rng, (T, 4, 32)), random(rng, (S, 2, 32)), np.arange(S - T, S, dtype=np.int32)
     queries = side.put(q.copy())
     ops.attention(queries, side.put(rows), side.put(rows), side.put(positions), out=queries)
     assert_close(side.get(queries), *attention_truth(q, rows, rows, positions))
@@ -640,10 +645,10 @@ def test_many_warps_share_a_product(side, rng, C):
 # --------------------------------------------------------------------------- many rows, on tensor cores
 
 
-@pytest.fixture(params=["few", "middle", "wide"])
+@pytest.fixture(params=["mma_few", "mma_middle", "mma_wide"])
 def shape(request, side, monkeypatch):
     """Each tile of kernels/mma.cuh, whatever `cuda` would choose."""
-    if side is Reference and request.param != "few":
+    if side is Reference and request.param != "mma_few":
         pytest.skip("NumPy has no tiles")
     monkeypatch.setattr(cuda, "_choose", lambda tiles, rows, columns: request.param)
     return request.param
@@ -653,10 +658,10 @@ def test_the_tile_that_is_chosen():
     def choice(rows, columns, x_type=BF16, head=0):
         return cuda._choose(cuda._tiles(np.zeros((1, 8), x_type), head), rows, columns)
 
-    assert [choice(rows, 4096) for rows in (5, 32, 128, 512, 2048)] == ["few", "few", "middle", "wide", "wide"]
-    assert [choice(rows, 1024) for rows in (5, 128, 512, 2048)] == ["few", "few", "middle", "wide"]
-    assert [choice(rows, 1024, F32) for rows in (5, 512, 2048)] == ["few", "middle", "wide"]
-    assert [choice(rows, 4096, BF16, 128) for rows in (5, 2048)] == ["few", "wide"]
+    assert [choice(rows, 4096) for rows in (5, 32, 128, 512, 2048)] == ["mma_few", "mma_few", "mma_middle", "mma_wide", "mma_wide"]
+    assert [choice(rows, 1024) for rows in (5, 128, 512, 2048)] == ["mma_few", "mma_few", "mma_middle", "mma_wide"]
+    assert [choice(rows, 1024, F32) for rows in (5, 512, 2048)] == ["mma_few", "mma_middle", "mma_wide"]
+    assert [choice(rows, 4096, BF16, 128) for rows in (5, 2048)] == ["mma_few", "mma_wide"]
 
 
 @pytest.mark.parametrize("x_type", [BF16, F32])
@@ -715,10 +720,10 @@ def test_a_row_is_the_same_in_every_tile(side, rng, monkeypatch, x_type, D):
     x, gate, up = random(rng, (130, 104), x_type), *(random(rng, (40, 104), BF16) for _ in range(2))
     whole = None
     for shape, few in (
-        ("wide", slice(0, 130)),
-        ("middle", slice(0, 130)),
-        ("few", slice(60, 93)),
-        ("wide", slice(3, 8)),
+        ("mma_wide", slice(0, 130)),
+        ("mma_middle", slice(0, 130)),
+        ("mma_few", slice(60, 93)),
+        ("mma_wide", slice(3, 8)),
     ):
         monkeypatch.setattr(cuda, "_choose", lambda *_, shape=shape: shape)
         rows = side.put(x[few])
@@ -1069,3 +1074,36 @@ def test_refusals_that_only_kernels_make(side, rng):
         ops.attention(a(1, 1, 64), off, off, ids)
     with pytest.raises(TypeError, match="embed: ids: wanted dtype int32, got int64"):
         ops.embed(side.put(np.zeros(1, np.int64)), a(2, 2))
+
+
+def test_a_dependent_launch_as_the_driver_gets_it(monkeypatch):
+    """The structures of cuda.h by their offsets in bytes, and where each parameter's value is."""
+    seen = {}
+
+    def launched(config, function, parameters, extra):
+        raw = ctypes.string_at(ctypes.addressof(config._obj), 56)
+        attribute = ctypes.string_at(int.from_bytes(raw[40:48], "little"), 72)
+        values = [ctypes.string_at(parameters[i], size) for i, size in enumerate((8, 8, 4, 4))]
+        seen.update(sizes=np.frombuffer(raw[:28], np.uint32).tolist(), stream=int.from_bytes(raw[32:40], "little"))
+        seen.update(number=int.from_bytes(raw[48:52], "little"), function=function.value, values=values, extra=extra)
+        seen.update(attribute=np.frombuffer(attribute, np.int32).tolist())
+        return 0 if function.value == 99 else 801
+
+    stream = SimpleNamespace(ptr=77)
+    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=launched))
+    monkeypatch.setattr(launch, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream)))
+    array = np.zeros(3, np.float32)
+    args = (array, None, np.int32(-5), np.float32(1e-6))
+    launch._launch_dependent("f", 99, (4, np.int32(2)), (256,), args, 1024)
+    assert seen["sizes"] == [4, 2, 1, 256, 1, 1, 1024] and (seen["stream"], seen["number"]) == (77, 1)
+    assert seen["attribute"] == [6, 0, 1, *[0] * 15] and seen["extra"] is None
+    pointers = array.ctypes.data.to_bytes(8, "little"), bytes(8)
+    assert seen["values"] == [*pointers, np.int32(-5).tobytes(), np.float32(1e-6).tobytes()]
+    with pytest.raises(launch.DeviceError, match="f: cuLaunchKernelEx: wanted CUDA_SUCCESS, got CUresult 801; update"):
+        launch._launch_dependent("f", 1, (1,), (32,), args, 0)
+
+
+@pytest.mark.parametrize("pairs,width,parts", [(512, 2048, 4), (1024, 2048, 4), (512, 3072, 8), (3072, 1024, 2), (6144, 2048, 1), (9728, 2560, 4), (2048, 12288, 4), (75968, 1024, 1), (20, 96, 1)])  # fmt: skip
+def test_warps_that_share_a_dot_product(pairs, width, parts):
+    """What was fastest on an H100 at the shapes of Qwen3-0.6B to 8B (kernels/LOG.md)."""
+    assert cuda._short_parts(pairs, width) == parts

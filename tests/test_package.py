@@ -105,7 +105,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"cuqwen", f"cuqwen-{cuqwen.__version__}.dist-info"}
     assert {name.removeprefix("cuqwen/kernels/") for name in names if name.startswith("cuqwen/kernels/")} == KERNELS
-    modules = {path.name for path in (ROOT / "cuqwen").glob("*.py")}
+    modules = {path.relative_to(ROOT / "cuqwen").as_posix() for path in (ROOT / "cuqwen").rglob("*.py")}
     assert modules == {name.removeprefix("cuqwen/") for name in names if name.endswith(".py")}
     assert "cuqwen/py.typed" in names
     for file in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
@@ -258,7 +258,7 @@ def test_unannotated_functions_are_found():
 
 
 def test_every_function_is_annotated():
-    for path in (ROOT / "cuqwen").glob("*.py"):
+    for path in (ROOT / "cuqwen").rglob("*.py"):
         assert not list(_unannotated(ast.parse(path.read_text(encoding="utf-8")))), path
 
 
@@ -266,5 +266,7 @@ def test_every_function_is_annotated():
 def test_ruff(command):
     if importlib.util.find_spec("ruff") is None:
         pytest.skip("needs ruff (pip install -e .[dev])")
-    folders = [name for name in ("cuqwen", "tests", "tools", "benchmarks", "studies") if (ROOT / name).is_dir()]
+    folders = [
+        name for name in ("cuqwen", "tests", "tools", "benchmarks", "studies", "examples") if (ROOT / name).is_dir()
+    ]
     run("-m", "ruff", *command, "--no-cache", *folders, cwd=ROOT)  # not README.md, whose examples new releases format

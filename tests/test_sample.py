@@ -130,10 +130,11 @@ def test_sample_sizes(side, n):
     compare(side, np.zeros((1, n), np.float32), temperature=1.0, top_p=0.75)
 
 
-@pytest.mark.parametrize("n", [4, 40, 5000])
+@pytest.mark.parametrize("n", [4, 40, 400, 5000])
 @pytest.mark.parametrize("top_p", [0.25, 0.5, 0.75, 0.76, 1e-30, 1.0])
 def test_sample_of_equals(side, n, top_p):
-    """Sums of ones are exact: a bound that is hit exactly is decided the same way. 5,000 exceed the list."""
+    """Sums of ones are exact: a bound that is hit exactly is decided the same way. 400 exceed the short
+    list, 5,000 the long one."""
     for top_k in (0, 1, 3):
         compare(side, np.zeros((2, n), np.float32), temperature=0.7, top_k=top_k, top_p=top_p)
     two = np.where(np.arange(n) % 3 == 0, np.float32(1.5), np.float32(-1.5))[None]

@@ -24,8 +24,8 @@ OPERATIONS = (
     "sample",
 )
 ORDER = (
-    "config", "hub", "launch", "rope", "sampling", "reference", "cuda", "ops", "weights", "cache", "model", "decode_step",
-    "decode", "tokenizer", "generate", "api", "cli",
+    "config", "hub", "launch", "bandwidth", "rope", "sampling", "reference", "cuda", "ops", "weights", "cache", "model", "memory", "sizes", "prompt", "decode_step",
+    "decode", "bench", "tokenizer", "generate", "api", "commands", "cli",
 )  # fmt: skip
 
 
@@ -38,7 +38,13 @@ def _public_functions(module):
 
 
 def test_every_operation_is_a_kernel_file_and_a_function_in_each_module():
-    assert {p.stem for p in launch.KERNEL_FOLDER.glob("*.cu")} == {*OPERATIONS, "decode_step"}  # that one is them all
+    assert {p.stem for p in launch.KERNEL_FOLDER.glob("*.cu")} == {
+        *OPERATIONS,
+        "attention_mma",
+        "attention_wgmma",
+        "decode_step",
+        "read",
+    }  # decode_step is them all
     assert _public_functions(reference) == set(OPERATIONS)
     assert _public_functions(cuda) - {"variants"} == set(OPERATIONS)
     assert _public_functions(ops) - {"backend_of"} == set(OPERATIONS)
@@ -76,30 +82,48 @@ def _imports(path):
 
 
 def test_modules_import_only_from_modules_above_them():
-    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert modules == set(ORDER)
-    for module in modules:
-        used = {name.split(".")[1] for name in _imports(PACKAGE / f"{module}.py") if name.startswith("cuqwen.")}
-        below = {name for name in used & modules if ORDER.index(name) >= ORDER.index(module)}
-        assert not below, f"{module}.py imports from below: {below}"
+    files = {p.stem: [p] for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__")}
+    files["commands"] = list((PACKAGE / "commands").glob("*.py"))
+    assert files.keys() == set(ORDER)
+    for module, paths in files.items():
+        imported = {name for path in paths for name in _imports(path) if name.startswith("cuqwen.")}
+        used = {name.split(".")[1] for name in imported} - ({"commands"} if module == "commands" else set())
+        below = {name for name in used & files.keys() if ORDER.index(name) >= ORDER.index(module)}
+        assert not below, f"{module} imports from below: {below}"
 
 
 def test_cupy_is_imported_in_launch_only_and_no_framework_at_all():
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         names = {name.split(".")[0] for name in _imports(path)}
         assert "cupy" not in names or path.stem == "launch"
-        assert not names & {"torch", "transformers"}
+        # peers: what `cuqwen bench --compare` runs beside
+        assert not names & {"torch", "transformers"} or path.stem == "peers"
 
 
 def test_only_the_command_line_prints():
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         prints = any(isinstance(n.func, ast.Name) and n.func.id == "print" for n in calls)
-        assert not prints or path.stem == "cli"
+        assert not prints or path.stem == "cli" or path.parent.name == "commands"
+
+
+def test_nothing_that_windows_lacks_is_imported_unguarded():
+    lacking = {"fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        guarded = {
+            child
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Try) or (isinstance(node, ast.With) and "ImportError" in ast.unparse(node.items[0]))
+            for child in ast.walk(node)
+        }
+        for node in set(ast.walk(tree)) - guarded:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not lacking & {*names, *([node.module] if isinstance(node, ast.ImportFrom) else [])}, path
 
 
 def test_no_assert_for_what_a_caller_can_cause():
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text()))), path
 
 

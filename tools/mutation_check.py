@@ -366,11 +366,13 @@ fault(
 
 # --- kernels: a token in one launch --------------------------------------------------------------------------------
 
-STEP, STEP_ATTENTION = "kernels/decode_step.cu", "kernels/decode_attention.cuh"
+STEP, STEP_RING, STEP_VECTOR, STEP_ATTENTION = (
+    "kernels/decode_step.cu", "kernels/decode_ring.cuh", "kernels/decode_vector.cuh", "kernels/decode_attention.cuh",
+)
 TWO_HEADS, BIASES, SEGMENTS, ROUNDED = (
     f"decode_step::decode_step[emulated-{case}]"
     for case in (
-        "two_heads_a_key_head-float32", "untied_no_gain_biases-float32", "four_heads_together_ragged_segments-float32",
+        "two_heads_a_key_head-float32", "untied_no_gain_biases-float32", "two_heads_together_ragged_segments-float32",
         "two_heads_a_key_head-bfloat16",
     )
 )
@@ -398,14 +400,14 @@ fault(
     TWO_HEADS,
 )
 fault(
-    "step-last-part-lost", STEP, "for (int p = 0; p < 3; p++) {\n        const bf16 a",
+    "step-last-part-lost", STEP_VECTOR, "for (int p = 0; p < 3; p++) {\n        const bf16 a",
     "for (int p = 0; p < 2; p++) {\n        const bf16 a", TWO_HEADS,
     also=[("unsigned parts[3];\n            split", "unsigned parts[3] = {};\n            split")],
 )
-fault("step-slice-misread", STEP, "(n + j + step) % 4", "(n + step) % 4", TWO_HEADS)
-fault("step-halves-not-swapped", STEP, "g < 4 ? b[0] : b[1], g < 4 ? b[1] : b[0]", "b[0], b[1]", TWO_HEADS)
-fault("step-ring-never-turns-over", STEP, "slot = 0, parity ^= 1;", "slot = 0;", SEGMENTS)
-fault("step-waits-for-a-later-frame", STEP, "parity ^ unsigned(wrapped)", "parity", TWO_HEADS)
+fault("step-slice-misread", STEP_VECTOR, "(n + j + step) % 4", "(n + step) % 4", TWO_HEADS)
+fault("step-halves-not-swapped", STEP_VECTOR, "g < 4 ? b[0] : b[1], g < 4 ? b[1] : b[0]", "b[0], b[1]", TWO_HEADS)
+fault("step-ring-never-turns-over", STEP_RING, "slot = 0, parity ^= 1;", "slot = 0;", SEGMENTS)
+fault("step-waits-for-a-later-frame", STEP_RING, "parity ^ unsigned(wrapped)", "parity", TWO_HEADS)
 fault(
     "step-last-of-equals", STEP, "32 | ~(unsigned)id;", "32 | (unsigned)id;",
     "decode_step::decode_step_without_a_choice[emulated-None]",
@@ -435,16 +437,24 @@ fault(
     "a * c + other * s : a * c - other * s", TWO_HEADS,
 )
 fault(
-    "step-key-in-the-wrong-row", STEP_ATTENTION, "(size_t)p * stride + kv * D", "(size_t)(p + 1) * stride + kv * D",
+    "step-key-in-the-wrong-row", STEP_ATTENTION, "((size_t)p * K + kv) * D", "((size_t)(p + 1) * K + kv) * D",
     TWO_HEADS,
 )
 fault(
-    "step-some-keys-in-no-share", STEP_ATTENTION, "(cached + (1 << shift) - 1) >> shift", "cached >> shift",
-    "decode_step::decode_step_shares_out_the_keys[emulated-2-257]",
+    "step-some-keys-in-no-share", STEP_RING, "(cached + (1 << shift) - 1) >> shift", "cached >> shift",
+    "decode_step::decode_step_shares_out_the_keys[emulated-2-193]",
 )
 fault(
-    "step-keys-behind-the-share", STEP_ATTENTION, "if (j0 + u * KEYS + group >= last) score[h][u] = MINUS_INFINITY;",
-    "", SHARES,
+    "step-keys-behind-the-share", STEP_ATTENTION, "score[h][u] = row < there[f] ? sum : MINUS_INFINITY;",
+    "score[h][u] = sum;", SHARES,
+)
+fault("step-values-behind-the-share", STEP_ATTENTION, "row, own, row < there[f], x)", "row, own, true, x)", SHARES)
+fault("step-pieces-not-turned", STEP_ATTENTION, "at % IN_BOX / IN_PIECE ^ row % 8", "at % IN_BOX / IN_PIECE", SHARES)
+fault("step-keys-of-another-head", STEP_RING, "(mine.kv() * BOXES + lane % BOXES)", "lane % BOXES", TWO_HEADS)
+fault("step-keys-of-another-layer", STEP_RING, "mine, keys, values, l * S);", "mine, keys, values, 0);", TWO_HEADS)
+fault(
+    "step-rows-dealt-to-nobody", STEP_RING, "b * units / gridDim.x * UNIT, last", "(b * units + 1) / gridDim.x * UNIT, last",
+    SEGMENTS,
 )
 fault("step-acc-not-rescaled", STEP_ATTENTION, "    head.weight *= shrink;\n", "", SHARES)
 fault(

@@ -130,15 +130,20 @@ def runtime() -> Path:
 
 # `extern "C" __global__ void __launch_bounds__(THREADS) name(`, after the preprocessor
 ENTRY = re.compile(
-    r'extern\s+"C"\s+__global__\s+(?:void\s+)?(?:__launch_bounds__\s*\(((?:[^()]|\([^()]*\))*)\)\s*)?(?:void\s+)?(\w+)\s*\('
+    r'extern\s+"C"\s+__global__\s+(?:void\s+)?(?:__cluster_dims__\s*\([^()]*\)\s*)?'
+    r"(?:__launch_bounds__\s*\(((?:[^()]|\([^()]*\))*)\)\s*)?(?:void\s+)?(\w+)\s*\("
 )
+
+
+# What sm_90a alone has runs here as well.
+MACROS = ("-DCUQWEN_CPU", "-D__CUDA_ARCH_FEAT_SM90_ALL")
 
 
 def entries(text: str, defines: launch.Defines) -> list[tuple[str, str]]:
     """The kernels that a source has under these constants, each with the arguments of its __launch_bounds__ or ""."""
     own = re.sub(r"^\s*#include\s*<.*", "", text, flags=re.M)
     options = [f"-D{name}={value}" for name, value in defines]
-    expanded = run(*compiler(), "-E", "-P", "-DCUQWEN_CPU", *options, "-x", "c++", "-", text=own)
+    expanded = run(*compiler(), "-E", "-P", *MACROS, *options, "-x", "c++", "-", text=own)
     return [(name, bounds) for bounds, name in ENTRY.findall(expanded)]
 
 
@@ -157,5 +162,5 @@ def kernel_library(file: str, defines: launch.Defines) -> ctypes.CDLL:
         kernels = [f"EMU_KERNEL({name}{', ' if bounds else ''}{bounds})" for name, bounds in found]
         return "\n".join(['#include "cuda_cpu.h"', text, '#line 1 "tests/cuda_cpu/build.py"', *kernels, ""])
 
-    flags = ("-fvisibility=hidden", "-Wno-unknown-pragmas", "-DCUQWEN_CPU", *options)
+    flags = ("-fvisibility=hidden", "-Wno-unknown-pragmas", *MACROS, *options)
     return ctypes.CDLL(str(_build(Path(file).stem, unit, text, flags, (str(runtime()),))))

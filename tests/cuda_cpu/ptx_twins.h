@@ -51,14 +51,96 @@ inline bool mbarrier_try_wait(mbarrier* b, unsigned parity, emu::Site site = {})
     emu::mbarrier_poll("mbarrier_try_wait", site, b);
     return emu::mbarrier_ended("mbarrier_try_wait", site, b, parity);
 }
+inline bool mbarrier_test_wait(mbarrier* b, unsigned parity, emu::Site site = {}) {
+    return emu::mbarrier_ended("mbarrier_test_wait", site, b, parity);
+}
 inline void mbarrier_wait(mbarrier* b, unsigned parity, emu::Site site = {}) {
     while (!emu::mbarrier_ended("mbarrier_wait", site, b, parity)) emu::mbarrier_poll("mbarrier_wait", site, b);
 }
 inline void bulk_copy(void* shared, const void* global, unsigned bytes, mbarrier* b, emu::Site site = {}) {
-    memcpy(emu::bulk_copy("bulk_copy", site, shared, global, bytes, b), global, bytes);
+    memcpy(emu::bulk_copy("bulk_copy", site, shared, global, bytes, bytes, b), global, bytes);
     emu::bulk_copy_issued("bulk_copy", site, b);
 }
+inline void bulk_copy_once(void* shared, const void* global, unsigned bytes, mbarrier* b, emu::Site site = {}) {
+    memcpy(emu::bulk_copy("bulk_copy_once", site, shared, global, bytes, bytes, b), global, bytes);
+    emu::bulk_copy_issued("bulk_copy_once", site, b);
+}
 inline void fence_proxy_async() {}
+
+// ---- tiles by the copy engine, clusters of blocks: each block is a cluster of its own ----
+
+constexpr int cluster_of(int) { return 1; }
+
+// `words` as tests/emulator.py's tensor_map makes them.
+inline void bulk_copy_2d(void* shared, const TensorMap* map, int column, int row, mbarrier* b, emu::Site site = {}) {
+    if (map->words[4] != 0x70616d726f736e74) emu::fail("bulk_copy_2d (%s:%d): this is no map of launch.tensor_map", site.file, site.line);
+    const auto from = reinterpret_cast<const unsigned char*>(map->words[0]);
+    const long rows = map->words[1], columns = map->words[2], box_rows = map->words[3];
+    emu::check_shared("bulk_copy_2d", site, shared, 128 * box_rows, 1024);
+    for (long r = 0; r < box_rows; r++)
+        for (long p = 0; p < 8; p++) {
+            const long t = row + r, c = column + 8 * p;
+            const unsigned bytes = t >= 0 && t < rows && c >= 0 && c < columns ? 16 : 0;
+            const unsigned char* const piece = bytes ? from + 2 * (t * columns + c) : from;
+            void* const to = static_cast<unsigned char*>(shared) + 128 * r + 16 * (p ^ r % 8);
+            unsigned char* const data = emu::bulk_copy("bulk_copy_2d", site, to, piece, 16, bytes, b);
+            if (bytes) memcpy(data, piece, bytes);
+        }
+    emu::bulk_copy_issued("bulk_copy_2d", site, b);
+}
+inline void bulk_copy_2d_to(void* shared, const TensorMap* map, int column, int row, mbarrier* b, unsigned blocks, emu::Site site = {}) {
+    if (blocks != 1) emu::fail("bulk_copy_2d_to (%s:%d): blocks: wanted 1, a cluster of one block, got %u", site.file, site.line, blocks);
+    bulk_copy_2d(shared, map, column, row, b, site);
+}
+inline void prefetch_map(const TensorMap* map) { (void)map; }
+inline void mbarrier_arrive_in(mbarrier* b, int block, emu::Site site = {}) {
+    if (block) emu::fail("mbarrier_arrive_in (%s:%d): block: wanted 0, a cluster of one block, got %d", site.file, site.line, block);
+    emu::mbarrier_arrive("mbarrier_arrive_in", site, b, 0);
+}
+inline void cluster_barrier(emu::Site site = {}) { emu::block_barrier("cluster_barrier", site, false); }
+
+// ---- products by a warpgroup ----
+
+template <int N> inline void more_registers() { static_assert(N % 8 == 0 && N >= 24 && N <= 256, "registers a thread"); }
+template <int N> inline void fewer_registers() { static_assert(N % 8 == 0 && N >= 24 && N <= 256, "registers a thread"); }
+
+inline u64 matrix_descriptor(const void* shared, emu::Site site = {}) {
+    emu::check_shared("matrix_descriptor", site, shared, 16, 16);
+    return reinterpret_cast<u64>(shared) / 16;
+}
+inline void wgmma_fence(emu::Site site = {}) {
+    emu::WarpgroupWait mine{"wgmma_fence", site, 0};
+    emu::warp_meet(mine.what, site, 0xffffffffu, &mine, emu::fence_warpgroup);
+}
+inline void wgmma_commit(emu::Site site = {}) {
+    emu::WarpgroupWait mine{"wgmma_commit", site, 0};
+    emu::warp_meet(mine.what, site, 0xffffffffu, &mine, emu::commit_warpgroup);
+}
+template <int N> inline void wgmma_wait(emu::Site site = {}) {
+    emu::WarpgroupWait mine{"wgmma_wait", site, N};
+    emu::warp_meet(mine.what, site, 0xffffffffu, &mine, emu::wait_warpgroup);
+}
+inline void wgmma_m64n64(float (&d)[8][4], u64 a, u64 b, int add, emu::Site site = {}) {
+    emu::WarpgroupProduct mine{"wgmma_m64n64", site, d, a, b, 64, add};
+    emu::warp_meet(mine.what, site, 0xffffffffu, &mine, emu::multiply_warpgroup);
+}
+inline void wgmma_m64n128(float (&d)[16][4], u64 a, u64 b, int add, emu::Site site = {}) {
+    emu::WarpgroupProduct mine{"wgmma_m64n128", site, d, a, b, 128, add, nullptr, 0};
+    emu::warp_meet(mine.what, site, 0xffffffffu, &mine, emu::multiply_warpgroup);
+}
+inline void wgmma_m64n256(float (&d)[32][4], u64 a, u64 b, int add, emu::Site site = {}) {
+    emu::WarpgroupProduct mine{"wgmma_m64n256", site, d, a, b, 256, add, nullptr, 0};
+    emu::warp_meet(mine.what, site, 0xffffffffu, &mine, emu::multiply_warpgroup);
+}
+inline void wgmma_m64n128_rows(float (&d)[16][4], const unsigned (&a)[4], u64 b, int step, emu::Site site = {}) {
+    emu::WarpgroupProduct mine{"wgmma_m64n128_rows", site, d, 0, b, 128, 1, a, step};
+    emu::warp_meet(mine.what, site, 0xffffffffu, &mine, emu::multiply_warpgroup);
+}
+inline void wgmma_m64n64_rows(float (&d)[8][4], const unsigned (&a)[4], u64 b, emu::Site site = {}) {
+    emu::WarpgroupProduct mine{"wgmma_m64n64_rows", site, d, 0, b, 64, 1, a, 0};
+    emu::warp_meet(mine.what, site, 0xffffffffu, &mine, emu::multiply_warpgroup);
+}
+template <int N> inline void wgmma_touch(float (&d)[N][4]) { (void)d; }
 
 // ---- part of a block ----
 
@@ -114,6 +196,12 @@ inline unsigned load_acquire(const unsigned* p, emu::Site site = {}) {
 
 inline u64 global_timer() { return emu::clock_ns(); }
 
+// ---- launches that overlap ----
+
+inline void griddepcontrol_launch_dependents() {}
+inline void griddepcontrol_wait(emu::Site site = {}) { emu::launches_before_end("griddepcontrol_wait", site); }
+
 // ---- for the compiler ----
 
 inline int opaque(int x) { return x; }
+template <class T> inline T* opaque(T* p) { return p; }

@@ -42,6 +42,8 @@ struct Launch {
     unsigned round = 0, in_round = 0;  // ends when every running block has polled in it
     unsigned long round_activity = 0;
     Clock::time_point round_start{};
+    std::mutex late_mutex{};
+    bool waited = false;  // for the launches before
     std::mutex report_mutex{};
     std::string report{};  // of the first failure
 
@@ -132,6 +134,29 @@ struct Barrier {
     Site site;
 };
 
+// What a warp has issued by wgmma and not yet waited for.
+struct Accumulators {
+    int n;
+    float (*d[32])[4];          // of each lane: NaN until all is waited for
+    std::vector<float> values;  // [16, n]
+};
+struct Product {
+    const char* what;
+    Site site;
+    unsigned long group;
+    size_t accumulators;
+    unsigned long long a, b;
+    const unsigned* registers[32];  // of each lane, if they hold a
+    int step;
+    std::vector<unsigned char> operands{};  // as they were when it was issued
+};
+struct WarpgroupProducts {
+    bool fenced = false;
+    unsigned long group = 0, issued = 0;
+    std::vector<Accumulators> accumulators{};
+    std::vector<Product> products{};
+};
+
 // Lanes of a warp that wait for the others of the same mask.
 struct Meeting {
     unsigned mask, arrived;
@@ -144,6 +169,7 @@ struct Warp {
     unsigned alive;        // lanes that have not returned
     unsigned open;         // which meetings somebody waits in; each holds a lane of its own, so there are never more than 32
     Meeting meeting[32];
+    WarpgroupProducts wgmma;
 
     Meeting& find(unsigned mask) {
         for (unsigned left = open; left; left &= left - 1)
@@ -288,7 +314,7 @@ void Block::run(unsigned long number) {
     ready.clear(), polling.clear(), mbarriers.clear(), seen.clear();
     for (NamedBarrier& b : named) b.arrived = 0, std::fill(b.lanes.begin(), b.lanes.end(), 0);
     launch.running++;
-    for (Warp& warp : warps) warp.alive = warp.open = 0;
+    for (Warp& warp : warps) warp.alive = warp.open = 0, warp.wgmma = {};
     for (unsigned i = 0; i < fibers.size(); i++) set_up(fibers[i], i, number);
     poison_shared_memory();
     worker_low = nullptr;
@@ -467,12 +493,20 @@ void Block::thread_returned(Fiber& me) {
     if (!me.copies.empty())
         fail("a thread returned without waiting for %zu copies, the first by %s", me.copies.size(),
              name(me.copies[0].what, me.copies[0].site).c_str());
-    if (returned == fibers.size())
+    Warp& warp = warps[me.linear / 32];
+    if (const auto& products = warp.wgmma.products; !products.empty())
+        fail("a thread returned without waiting for %zu products, the first by %s", products.size(),
+             name(products[0].what, products[0].site).c_str());
+    if (returned == fibers.size()) {
         for (const auto& [_, b] : mbarriers)
             if (!b.copies.empty())
                 fail("a block ended without waiting for %zu bulk copies, the first by %s", b.copies.size(),
                      name(b.copies[0].what, b.copies[0].site).c_str());
-    Warp& warp = warps[me.linear / 32];
+        for (size_t w = 0; w < warps.size(); w++)
+            if (const unsigned long first = warps[w / 4 * 4].wgmma.issued; warps[w].wgmma.issued != first)
+                fail("warp %zu took part in %lu products of a warpgroup, warp %zu in %lu: wanted all four in each", w,
+                     warps[w].wgmma.issued, w / 4 * 4, first);
+    }
     warp.alive &= ~(1u << me.lane);
     for (NamedBarrier& b : named)
         if (b.lanes[me.linear / 32]) release_if_complete(b);
@@ -641,6 +675,20 @@ unsigned long long clock_ns() {
 
 // ---- the instructions of ptx.cuh ----
 
+void launches_before_end(const char* what, Site site) {
+    Launch& launch = self().block->launch;
+    std::lock_guard<std::mutex> lock(launch.late_mutex);
+    if (launch.waited) return;
+    launch.waited = true;
+    for (int i = 0; i < launch.options.lates; i++) {
+        const Late& late = launch.options.late[i];
+        if (memcmp(late.memory, late.before, late.bytes))
+            fail("%s: something was written before to an array of %zu bytes that earlier launches may still use",
+                 name(what, site).c_str(), late.bytes);
+        memcpy(late.memory, late.after, late.bytes);
+    }
+}
+
 void check_shared(const char* what, Site site, const void* p, size_t bytes, size_t alignment) {
     if (!self().block->in_shared(p, bytes))
         fail("%s: %zu bytes at %p do not lie in the block's shared memory", name(what, site).c_str(), bytes, p);
@@ -731,6 +779,148 @@ void load_matrices_transposed(unsigned present, void** operands) {
         }
 }
 
+namespace {
+
+// What this warp reads of the operands of a product: its 16 rows of a, the n rows of b, 32 bytes each, 16 of them at a time at the
+// places where bulk_copy_2d lays them.
+std::vector<unsigned char> read_operands(const Product& product, int n) {
+    std::vector<unsigned char> bytes((16 + n) * 32);
+    if (product.registers[0]) {
+        for (int lane = 0; lane < 32; lane++)
+            for (int e = 0; e < 4; e++)
+                memcpy(bytes.data() + 32 * (lane / 4 + e % 2 * 8) + 4 * (lane % 4) + e / 2 * 16, product.registers[lane] + e, 4);
+        for (int k = 0; k < 16; k++)
+            for (int column = 0; column < n; column++) {
+                const uintptr_t at = product.b * 16 + column / 64 * product.step + 128 * k + column % 64 * 2;
+                memcpy(bytes.data() + 32 * (16 + column) + 2 * k, reinterpret_cast<const void*>(at ^ (at >> 7 & 7) << 4), 2);
+            }
+        return bytes;
+    }
+    const auto read = [](unsigned char* to, uintptr_t matrix, int row) {
+        for (int piece = 0; piece < 2; piece++) {
+            const uintptr_t at = matrix + 128 * row + 16 * piece;
+            memcpy(to + 16 * piece, reinterpret_cast<const void*>(at ^ (at >> 7 & 7) << 4), 16);
+        }
+    };
+    const int first = self().linear / 32 % 4 * 16;
+    for (int row = 0; row < 16; row++) read(bytes.data() + 32 * row, product.a * 16, first + row);
+    for (int row = 0; row < n; row++) read(bytes.data() + 32 * (16 + row), product.b * 16, row);
+    return bytes;
+}
+
+double bf16_at(const unsigned char* p) {
+    unsigned bits = 0;
+    memcpy(reinterpret_cast<char*>(&bits) + 2, p, 2);
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// sums [16, n] += a b^T, each step of 16 exact in float64 as in multiply_fragments
+void add_product(float* sums, const unsigned char* operands, int n) {
+    typedef double Four __attribute__((vector_size(32)));
+    union { Four fours[16][64]; double at[16][256]; } b;
+    for (int k = 0; k < 16; k++)
+        for (int column = 0; column < n; column++) b.at[k][column] = bf16_at(operands + 32 * (16 + column) + 2 * k);
+    for (int m = 0; m < 16; m++) {
+        union { Four fours[64]; double at[256]; } row;
+        memset(&row, 0, sizeof row);
+        for (int k = 0; k < 16; k++) {
+            const double x = bf16_at(operands + 32 * m + 2 * k);
+            for (int i = 0; i < n / 4; i++) row.fours[i] += x * b.fours[k][i];
+        }
+        for (int column = 0; column < n; column++) sums[m * n + column] = float(sums[m * n + column] + row.at[column]);
+    }
+}
+
+// Calls f(place in [16, n], accumulator) for all that the lanes of the warp hold.
+template <class F> void for_each_accumulator(const Accumulators& held, F f) {
+    for (int lane = 0; lane < 32; lane++)
+        for (int j = 0; j < held.n / 8; j++)
+            for (int e = 0; e < 4; e++)
+                f((lane / 4 + e / 2 * 8) * held.n + 8 * j + lane % 4 * 2 + e % 2, held.d[lane][j][e]);
+}
+
+WarpgroupProducts& products_of_warp() { return self().block->warps[self().linear / 32].wgmma; }
+
+}  // namespace
+
+void multiply_warpgroup(unsigned present, void** operands) {
+    const auto& first = *static_cast<WarpgroupProduct*>(operands[0]);
+    const std::string what = name(first.what, first.site);
+    whole_warp(what.c_str(), present);
+    WarpgroupProducts& issued = products_of_warp();
+    Accumulators held{first.n, {}, {}};
+    Product product{first.what, first.site, issued.group, 0, first.a, first.b, {}, first.step};
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const auto& its = *static_cast<WarpgroupProduct*>(operands[lane]);
+        if (its.a != first.a || its.b != first.b || !its.add != !first.add)
+            fail("%s: lane %u brings other operands than lane 0", what.c_str(), lane);
+        held.d[lane] = its.d, product.registers[lane] = its.registers;
+    }
+    if (!issued.fenced) fail("%s: no wgmma_fence since its accumulators could be touched", what.c_str());
+    const int rows_of_b = first.registers ? 16 : first.n, columns = first.registers ? first.n : 64;
+    for (const auto& [matrix, rows] : {std::pair{first.registers ? first.b : first.a, first.registers ? 16 : 64}, {first.b + (columns - 64) / 64 * first.step / 16, rows_of_b}}) {
+        const auto p = reinterpret_cast<const unsigned char*>(matrix * 16);
+        if (matrix * 16 % 1024 >= 128) fail("%s: a matrix that does not begin at a multiple of 1024 bytes", what.c_str());
+        check_shared(first.what, first.site, p, (rows - 1) * 128 + 32, 32);
+    }
+    size_t at = 0;
+    while (at < issued.accumulators.size() && issued.accumulators[at].d[0] != held.d[0]) at++;
+    if (at == issued.accumulators.size()) {
+        held.values.resize(16 * first.n);
+        for_each_accumulator(held, [&](int place, float& d) { held.values[place] = d, memset(&d, 0xff, 4); });
+        issued.accumulators.push_back(held);
+    }
+    auto& values = issued.accumulators[at].values;
+    if (!first.add) std::fill(values.begin(), values.end(), 0.0f);
+    product.accumulators = at, product.operands = read_operands(product, first.n);
+    issued.products.push_back(product);
+    add_product(values.data(), issued.products.back().operands.data(), first.n);
+    issued.issued++;
+}
+
+void fence_warpgroup(unsigned present, void**) {
+    whole_warp("wgmma_fence", present);
+    products_of_warp().fenced = true;
+}
+
+void commit_warpgroup(unsigned present, void**) {
+    whole_warp("wgmma_commit", present);
+    products_of_warp().group++;
+}
+
+void wait_warpgroup(unsigned present, void** operands) {
+    whole_warp("wgmma_wait", present);
+    WarpgroupProducts& issued = products_of_warp();
+    const unsigned long left = static_cast<WarpgroupWait*>(operands[0])->groups;
+    std::vector<Product> remaining;
+    for (Product& product : issued.products) {
+        if (product.group + left >= issued.group) {
+            remaining.push_back(std::move(product));
+            continue;
+        }
+        Accumulators& held = issued.accumulators[product.accumulators];
+        if (read_operands(product, held.n) != product.operands)  // as they are now or as they were
+            memset(held.values.data(), 0xff, held.values.size() * sizeof(float));
+    }
+    issued.products = std::move(remaining);
+    for (size_t i = 0; i < issued.accumulators.size(); i++) {
+        Accumulators& held = issued.accumulators[i];
+        if (held.values.empty() || std::any_of(issued.products.begin(), issued.products.end(), [&](const Product& p) { return p.accumulators == i; }))
+            continue;
+        for_each_accumulator(held, [&](int place, float& d) {
+            unsigned bits;
+            memcpy(&bits, &d, 4);
+            if (bits != ~0u) fail("wgmma_wait: an accumulator was written before it was waited for");
+            d = held.values[place];
+        });
+        held.values.clear(), held.d[0] = nullptr;
+    }
+    if (issued.products.empty()) issued.accumulators.clear();
+    issued.fenced = false;
+}
+
 void mbarrier_init(const char* what, Site site, unsigned long long* b, unsigned count) {
     check_shared(what, site, b, 8, 8);
     if (count < 1 || count >= 1u << 20) fail("%s: count: wanted 1 to 2^20 - 1, got %u", name(what, site).c_str(), count);
@@ -774,18 +964,18 @@ void mbarrier_poll(const char* what, Site site, unsigned long long* b) {
     me.waits_on = nullptr;
 }
 
-unsigned char* bulk_copy(const char* what, Site site, void* to, const void* from, unsigned bytes, unsigned long long* at) {
+unsigned char* bulk_copy(const char* what, Site site, void* to, const void* from, unsigned size, unsigned bytes, unsigned long long* at) {
     Block& block = *self().block;
     MBarrier& b = block.find(what, site, at);
-    if (bytes == 0 || bytes % 16) fail("%s: bytes: wanted a positive multiple of 16, got %u", name(what, site).c_str(), bytes);
-    check_shared(what, site, to, bytes, 16);
+    if (size == 0 || size % 16) fail("%s: bytes: wanted a positive multiple of 16, got %u", name(what, site).c_str(), size);
+    check_shared(what, site, to, size, 16);
     check_global(what, site, from, bytes, 16);
-    b.copied += bytes;
+    b.copied += size;
     if (!b.missing && b.copied > b.announced)
         fail("%s: copies of %lu bytes were issued in phase %lu, %lu announced", name(what, site).c_str(), b.copied, b.phase, b.announced);
-    memset(to, 0xff, bytes);
-    const Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, bytes, what, site};
-    b.copies.push_back({copy, std::vector<unsigned char>(bytes)});
+    memset(to, 0xff, size);
+    const Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), size, bytes, what, site};
+    b.copies.push_back({copy, std::vector<unsigned char>(size)});
     block.progress();
     return b.copies.back().data.data();
 }
@@ -846,6 +1036,7 @@ extern "C" __attribute__((visibility("default"))) int emu_launch(const emu::Kern
         for (unsigned long i = 0; i < workers; i++) threads.emplace_back(emu::work, std::ref(launch));
         for (auto& thread : threads) thread.join();
     }
+    if (options->dependent && !launch.waited) launch.fail("it ends without griddepcontrol_wait");
     snprintf(error, error_size, "%s", launch.report.c_str());
     return launch.failed;
 }

@@ -84,11 +84,26 @@ void mbarrier_init(const char* what, Site site, unsigned long long* b, unsigned 
 void mbarrier_arrive(const char* what, Site site, unsigned long long* b, unsigned bytes);
 bool mbarrier_ended(const char* what, Site site, unsigned long long* b, unsigned parity);
 void mbarrier_poll(const char* what, Site site, unsigned long long* b);
-// Room for what a bulk copy reads; the caller fills it and says so.
-unsigned char* bulk_copy(const char* what, Site site, void* to, const void* from, unsigned bytes, unsigned long long* b);
+// Room for the `bytes` that a bulk copy reads of the `size` that it writes, the rest zeros; the caller fills it and says so.
+unsigned char* bulk_copy(const char* what, Site site, void* to, const void* from, unsigned size, unsigned bytes, unsigned long long* b);
 void bulk_copy_issued(const char* what, Site site, unsigned long long* b);
 
 void named_barrier(const char* what, Site site, int id, int threads);
+
+// One wgmma, as a lane brings it: its accumulators [n / 8][4], and where its operands begin in shared memory, in 16 bytes. Each
+// warp computes its 16 rows. The operands are read when it is issued and must be the same when it is waited for; until then the
+// accumulators are NaN.
+// With `registers` a is in the lanes' registers, which must not change either, and b lies as rows of 64 elements, `step` bytes
+// from those of the next 64 columns.
+struct WarpgroupProduct { const char* what; Site site; float (*d)[4]; unsigned long long a, b; int n, add; const unsigned* registers; int step; };
+void multiply_warpgroup(unsigned present, void** operands);  // Complete
+struct WarpgroupWait { const char* what; Site site; int groups; };
+void fence_warpgroup(unsigned present, void** operands);   // Complete, on WarpgroupWait, here and below
+void commit_warpgroup(unsigned present, void** operands);
+void wait_warpgroup(unsigned present, void** operands);
+
+// The first call makes the changes of Options::late.
+void launches_before_end(const char* what, Site site);
 
 // Ends the launch with a report of this block and thread. Does not return.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -114,7 +129,12 @@ struct Options {
     int workers;      // OS threads
     int cooperative;  // every block gets an OS thread of its own, so that blocks may wait for each other
     double patience;  // seconds of nothing but polling until that is reported
+    const struct Late* late;  // what changes at the launch's first griddepcontrol_wait
+    int lates;
+    int dependent;  // the launch may start before the ones before it have ended
 };
+// Memory that holds `before` until then, and afterwards `after`.
+struct Late { void* memory; const void *before, *after; size_t bytes; };
 
 }  // namespace emu
 

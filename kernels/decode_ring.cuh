@@ -1,0 +1,132 @@
+// The weights' and the cache's way into a block of decode_step.cu, in its terms: which rows each block has, and the ring in shared memory
+// through which the producer warp streams them.
+#pragma once
+
+// Rows `first` to `last` - 1 of a matrix, dealt out evenly in pieces of UNIT of them: of 4 where whole tiles of 8 would come out
+// unevenly (2,560 rows over 132 blocks: 24 instead of 20 the most). The layer turns the deal so that no block has the longer end in each.
+template <int UNIT> struct Deal {
+    int first, last;
+    __device__ Deal(int rows, int turn) {
+        const unsigned b = (blockIdx.x + turn) % gridDim.x, units = rows / UNIT;
+        first = b * units / gridDim.x * UNIT, last = (b + 1) * units / gridDim.x * UNIT;
+    }
+    __device__ int size() const { return last - first; }
+};
+
+// This block's share of the cached keys of a unit of query heads.
+struct Share {
+    int shift, unit, split, first, last;
+    __device__ explicit Share(int cached) {
+        shift = 0;  // 2^shift blocks share them, each with SPLIT_KEYS or more
+        while (2 << shift <= MAX_SPLITS && (2 << shift) * UNITS <= int(gridDim.x) && 2 * SPLIT_KEYS << shift < cached) shift++;
+        unit = blockIdx.x % UNITS, split = blockIdx.x / UNITS;
+        const int each = (cached + (1 << shift) - 1) >> shift;
+        first = min(cached, split * each), last = min(cached, first + each);
+    }
+    __device__ bool exists() const { return split < 1 << shift; }
+    __device__ int kv() const { return unit * CH / (H / K); }
+    __device__ int frames() const { return exists() ? (last - first + FRAME_KEYS - 1) / FRAME_KEYS : 0; }
+};
+
+struct Ring {
+    unsigned char* slots;
+    mbarrier *full, *empty;
+    int slot = 0;
+    unsigned parity = 0;
+    int in_flight = 1;  // frames that may be on their way, and one more when the ring runs low
+    __device__ void next() {
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
+    // Whether LOW frames or fewer wait to be used: the slot that is then free is.
+    __device__ bool runs_low() const {
+        const int ahead = slot + SLOTS - 1 - LOW;
+        const bool wraps = ahead >= SLOTS;
+        return mbarrier_test_wait(empty + ahead - (wraps ? SLOTS : 0), parity ^ 1 ^ unsigned(wraps));
+    }
+    // Waits until the frame that was sent `frames` frames ago has arrived.
+    __device__ void wait_for_landing(int frames) const {
+        const bool wrapped = slot < frames;
+        const int earlier = slot - frames + (wrapped ? SLOTS : 0);
+        while (!mbarrier_try_wait(full + earlier, parity ^ unsigned(wrapped))) {}
+    }
+    // The next frame, once it is free and may be sent for, with `bytes` announced. The whole producer warp.
+    __device__ unsigned char* take(unsigned bytes) const {
+        while (!mbarrier_try_wait(empty + slot, parity ^ 1)) {}
+        wait_for_landing(in_flight + runs_low());
+        if (threadIdx.x % 32 == 0) mbarrier_arrive_expect(full + slot, bytes);
+        __syncwarp();
+        return slots + slot * SLOT;
+    }
+};
+
+// Frames on their way: what waits for words queues behind them all, so few where the exchanges bound a layer, more where its bytes do.
+// On an H100, us a token with 1, 2, 3, 4 and none more for a low ring: 0.6B, 15 frames a layer and block, 510, 579, -, -; 1.7B, 47 frames,
+// 1,462, 1,183, 1,198, 1,246; 8B, 178 frames, -, 5,296, 5,142, 5,210.
+__device__ __forceinline__ int in_flight(const Share& keys) {
+    constexpr long long LAYER = 1ll * QKV * C + HD * C + 3ll * F * C;
+    const int frames = int(LAYER / (ROWS * SEGMENT) / gridDim.x) + keys.frames();
+    return frames < 20 ? 1 : frames < 70 ? 2 : 3;
+}
+constexpr int HEAD_IN_FLIGHT = 4;  // nobody waits for words there
+
+// `count` rows of a matrix, up to 8, segment after segment, into the ring. The whole producer warp.
+template <int COLUMNS> __device__ __forceinline__ void produce(Ring& ring, const W_TYPE* rows, int count = ROWS) {
+    constexpr int N = segments(COLUMNS);
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int s = 0; s < N; s++) {
+        const int columns = N == 1 ? COLUMNS : min(SEGMENT, COLUMNS - s * SEGMENT);
+        unsigned char* slot = ring.take(count * columns * 2);
+        if (N == 1) {  // rows follow one another: one copy, 4 % faster than eight on an H100
+            if (lane == 0) bulk_copy_once(slot, rows, count * COLUMNS * 2, ring.full + ring.slot);
+        } else if (lane < count) {
+            bulk_copy_once(slot + lane * SEGMENT * 2, rows + (size_t)lane * COLUMNS + s * SEGMENT, columns * 2, ring.full + ring.slot);
+        }
+        ring.next();
+    }
+}
+
+// The cached keys and values of a share, FRAME_KEYS of each in a frame, as boxes of 128 bytes a row: one copy for each row of a head, 256 bytes,
+// reached 1.1 TB/s on an H100, boxes 3.05. A box may go on behind the share; nobody looks there.
+__device__ __forceinline__ void produce_keys(Ring& ring, const Share& mine, const TensorMap* keys, const TensorMap* values, int first_row) {
+    constexpr int BOXES = KEY_BYTES / 128, BOX = FRAME_KEYS * 128, COLUMNS = 64;  // of two bytes, whatever the type
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int row = mine.first; row < mine.last; row += FRAME_KEYS) {
+        unsigned char* slot = ring.take(SLOT);
+        if (lane < 2 * BOXES)
+            bulk_copy_2d(slot + lane * BOX, lane < BOXES ? keys : values, (mine.kv() * BOXES + lane % BOXES) * COLUMNS, first_row + row,
+                         ring.full + ring.slot);
+        ring.next();
+    }
+}
+
+__device__ __forceinline__ const W_TYPE* qkv_rows(const u64* table, int layer, int row) {
+    const Array which = row < HD ? Q_PROJ : row < HD + K * D ? K_PROJ : V_PROJ;
+    const int first = row < HD ? 0 : row < HD + K * D ? HD : HD + K * D;
+    return array<W_TYPE>(table, layer, which) + (size_t)(row - first) * C;
+}
+
+__device__ void produce_all(Ring& ring, const u64* table, const W_TYPE* lm_head, int V, int cached, const TensorMap* keys,
+                            const TensorMap* values, int S) {
+    const Share mine(cached);
+    ring.in_flight = in_flight(mine);
+#pragma unroll 1
+    for (int l = 0; l < L; l++) {
+        const Deal<ROWS> qkv(QKV, l);
+        const Deal<4> vector(C, l), ffn(F, l);
+        for (int r = qkv.first; r < qkv.last; r += ROWS) produce<C>(ring, qkv_rows(table, l, r));
+        if (mine.exists()) produce_keys(ring, mine, keys, values, l * S);
+        for (int r = vector.first; r < vector.last; r += ROWS)
+            produce<HD>(ring, array<W_TYPE>(table, l, O_PROJ) + (size_t)r * HD, min(ROWS, vector.last - r));
+        for (int r = ffn.first; r < ffn.last; r += ROWS) {
+            produce<C>(ring, array<W_TYPE>(table, l, GATE) + (size_t)r * C, min(ROWS, ffn.last - r));
+            produce<C>(ring, array<W_TYPE>(table, l, UP) + (size_t)r * C, min(ROWS, ffn.last - r));
+        }
+        for (int r = vector.first; r < vector.last; r += ROWS)
+            produce<F>(ring, array<W_TYPE>(table, l, DOWN) + (size_t)r * F, min(ROWS, vector.last - r));
+    }
+    const Deal<ROWS> head(V, 0);
+    ring.in_flight = HEAD_IN_FLIGHT;
+    for (int r = head.first; r < head.last; r += ROWS) produce<C>(ring, lm_head + (size_t)r * C);
+}
