@@ -1,6 +1,6 @@
 """Tokens a second of single-token steps: the step in one launch and the portable one, by model size, context and choice.
 
-    python -m benchmarks.decode [--sizes 0.6B,1.7B,4B,8B] [--compare] [--output benchmarks/results/decode.json]
+    python -m benchmarks.decode [--sizes 0.6B,1.7B,4B,8B] [--compare] [--folder CHECKPOINT] [--output FILE]
 
 Random weights of Qwen3's shapes and random keys and values as context. A row is wall-clock time over `TOKENS` tokens (`FEW`
 for larger sizes and long contexts) as `generate` makes them: one step ahead of the host, each token read by it.
@@ -33,7 +33,7 @@ from cuqwen.sampling import Sampling
 from cuqwen.sizes import SIZES
 
 BF16 = ml_dtypes.bfloat16
-TOKENS, FEW, REPEATS = 1000, 400, 3
+TOKENS, FEW, REPEATS = 1000, 200, 3
 CONTEXTS = (20, 128, 1024, 4096, 8192, 32768)
 MEASURED = ("0.6B", "1.7B", "4B", "8B")
 COMPARE_SECONDS = 240.0
@@ -83,8 +83,8 @@ def rows(size: str, bandwidth: float) -> Iterator[dict[str, Any]]:
         yield row(model, size, context, choice, portable, bandwidth)
 
 
-def end_to_end() -> Iterator[dict[str, Any]]:
-    """The rate after the first 20 tokens of an answer to 128."""
+def end_to_end(folder: Path | None) -> Iterator[dict[str, Any]]:
+    """The rate after the first 20 tokens of an answer to 128, with a checkpoint of 0.6B's shape."""
     sys.path.insert(0, str(ROOT / "tests"))
     from checkpoints import write_0_6b
 
@@ -92,7 +92,8 @@ def end_to_end() -> Iterator[dict[str, Any]]:
 
     skipped = 20
     with tempfile.TemporaryDirectory() as scratch:
-        model = cuqwen.load(write_0_6b(Path(scratch) / "model", k_gains="ordinary", seed=0), device="cuda")
+        folder = folder or write_0_6b(Path(scratch) / "model", k_gains="ordinary", seed=0)
+        model = cuqwen.load(folder, device="cuda")
         prompt = np.random.default_rng(0).integers(0, 151643, 128).tolist()
         for name, sampling in (("greedy", Sampling()), ("sampled", bench.SAMPLED)):
             speeds = []
@@ -126,6 +127,7 @@ def compare() -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default=",".join(MEASURED), help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--folder", type=Path, help="for end_to_end, instead of a random checkpoint of 0.6B's shape")
     parser.add_argument("--compare", action="store_true", help="transformers as well, if it is installed")
     parser.add_argument("--output", default="benchmarks/results/decode.json")
     options = parser.parse_args()
@@ -136,7 +138,7 @@ def main() -> None:
             results.append(result)
             print("{size:5} {context:6} {choice:8} {median:8.1f} tok/s {microseconds:8.1f} us, floor {floor_microseconds:7.1f}, {percent_of_read:5.1f} % of read, one launch: {one_launch}".format(**result), flush=True)  # fmt: skip
         launch.release_memory()
-    ends = list(end_to_end())
+    ends = list(end_to_end(options.folder))
     print(ends, flush=True)
     peers = list(compare()) if options.compare else []
     for peer in peers:

@@ -32,7 +32,7 @@ from cuqwen.generate import Sequence, generate_steps
 from cuqwen.model import CHUNK, Qwen3
 from cuqwen.sampling import Sampling
 
-REPEATS, WARM_UP = 7, 2
+REPEATS, WARM_UP = 5, 2
 LENGTHS, FIRST_TOKEN_LENGTHS = (512, 2048, 8192), (20, 512)
 N_IDS = 151669
 

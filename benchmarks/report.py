@@ -38,6 +38,7 @@ CONTENDERS = {
     "cuqwen": "**cuqwen**",
     "transformers float32": "transformers, float32",
     "cuqwen exact": "**cuqwen**, `exact=True`",
+    "cuqwen token by token": "**cuqwen**, token by token",
     "cuqwen kv float32": "**cuqwen**, float32 cache",
     "cuqwen exact kv float32": "**cuqwen**, `exact=True`, float32 cache",
 }

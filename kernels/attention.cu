@@ -66,7 +66,7 @@ __device__ __forceinline__ void attend(float* out, const float* q, const KV_TYPE
     const int in_group = blockIdx.y % chunks * HEADS, heads = min(size - in_group, HEADS);  // those that are there
     const size_t row = (size_t)K * D, head0 = (size_t)blockIdx.x * H + kv * size + in_group;
     const bool owns = first < D;
-    // Merging takes 2 us and a second tile 0.9.
+    // One block for two tiles: 3.2 us on an H100; two blocks and the merge: 4.4.
     const int last = positions[blockIdx.x], Z = last < 2 * TILE ? 1 : min((int)gridDim.z, last / TILE + 1);
     if (last < 0 || last >= S) {
         wait_for_launches_before();

@@ -44,7 +44,7 @@ struct WarpDots {
 
     __device__ __forceinline__ void wait() {
         wait_for_launches_before();
-        x = opaque(x);
+        x = opaque_pointer(x);
     }
 
     __device__ __forceinline__ void finish(float (&sums)[ROWS][T]) {

@@ -99,12 +99,12 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsi
 }
 // The same for what is read once: it leaves the L2 cache first, and what is read again can stay.
 __device__ __forceinline__ void bulk_copy_once(void* shared, const void* global, unsigned bytes, mbarrier* b) {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                     shared_address(shared)),
-                 "l"(global), "r"(bytes), "r"(shared_address(b)), "l"(policy)
-                 : "memory");
+    asm volatile(
+        "{\n .reg .b64 policy;\n createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(b))
+        : "memory");
 }
 // Between this thread's ordinary accesses to shared memory and bulk copies that it issues afterwards to the same place.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -289,7 +289,7 @@ __device__ __forceinline__ void griddepcontrol_wait() {
 // ---- for the compiler ----
 
 // p, of which the compiler knows nothing: what is read through it is not read earlier, even where `__restrict__` allows it.
-template <class T> __device__ __forceinline__ T* opaque(T* p) {
+template <class T> __device__ __forceinline__ T* opaque_pointer(T* p) {
     asm volatile("" : "+l"(p));
     return p;
 }

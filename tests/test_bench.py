@@ -126,7 +126,7 @@ class Cache:
 def test_prompts_come_after_the_depth_each_time(network, monkeypatch):
     cache = Cache(network, monkeypatch)
     figures = measure(network, 300, Case(7, 0, 11, ""), 3)
-    assert cache.calls == [(0, 11)] + 4 * [(11, 7)] and len(figures.rates) == 3
+    assert cache.calls == [(0, 11)] + 5 * [(11, 7)] and len(figures.rates) == 3
     assert figures.engine == "numpy" and figures.bytes_per_token == network.read_bytes_per_token(18) / 7
 
 

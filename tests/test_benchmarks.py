@@ -1,9 +1,11 @@
 """The benchmark of the operations, without a GPU: that its calls are calls, and what it says that they move."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from benchmarks import ops, timing
+from benchmarks import decode, ops, timing
 
 SHAPE = ops.Shape(C=64, F=96, H=4, K=2, D=64, V=320)
 
@@ -48,3 +50,22 @@ def test_sets_exceed_the_cache_or_are_64():
         return len(timing.rotated(lambda: (np.zeros(nbytes, np.uint8),), np.copy, room))
 
     assert (sets(10, 100), sets(1, 100), sets(100, 100), sets(99, 100)) == (11, 64, 1, 2)
+
+
+def test_a_row_of_decode(small, monkeypatch):
+    monkeypatch.setattr(decode, "TOKENS", 4)
+    monkeypatch.setattr(decode.sizes, "TOKENS", 300)
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = dataclasses.replace(decode.sizes.config_of("0.6B"), vocab_size=320, head_dim=64, **shape)
+    monkeypatch.setattr(decode.sizes, "config_of", lambda size, layers: config)
+    model = decode.random_model("0.6B")
+    row = decode.row(model, "0.6B", 6, "sampled", True, 2e9)
+    assert not row["one_launch"] and row["why_not"] == "CUQWEN_PORTABLE is set" and row["tokens"] == 4
+    assert len(row["tokens_per_second"]) == 3 and row["percent_of_read"] > 0
+    assert row["floor_microseconds"] == round(model.read_bytes_per_token(8) / 2e3, 1)

@@ -166,7 +166,7 @@ def test_sources_keep_the_rules(path):
 # ---- ptx.cuh ----
 
 FUNCTION = re.compile(
-    r"^(?P<template>template <[^>]*> )?(?P<how>__device__ __forceinline__|inline) (?P<result>[\w ]+?) (?P<name>\w+)"
+    r"^(?P<template>template <[^>]*> )?(?P<how>__device__ __forceinline__|inline) (?P<result>[\w ]+?\*?) (?P<name>\w+)"
     r"\((?P<parameters>(?:[^()]|\([^()]*\))*)\) \{",
     re.M,
 )
@@ -185,8 +185,10 @@ USES = {
     "mbarrier_arrive": ("mbarrier_arrive(b);", 90),
     "mbarrier_arrive_expect": ("mbarrier_arrive_expect(b, n);", 90),
     "mbarrier_try_wait": ("r[0] = mbarrier_try_wait(b, n);", 90),
+    "mbarrier_test_wait": ("r[0] = mbarrier_test_wait(b, n);", 90),
     "mbarrier_wait": ("mbarrier_wait(b, n);", 90),
     "bulk_copy": ("bulk_copy(all, in, n, b);", 90),
+    "bulk_copy_once": ("bulk_copy_once(all, in, n, b);", 90),
     "fence_proxy_async": ("fence_proxy_async();", 90),
     "bulk_copy_2d": ("bulk_copy_2d(all, map, n, n, b);", 90),
     "bulk_copy_2d_to": ("bulk_copy_2d_to(all, map, n, n, b, 3);", 90),
@@ -214,7 +216,10 @@ USES = {
     "add_release": ("add_release(reinterpret_cast<unsigned*>(out), n);", 80),
     "load_acquire": ("r[0] = load_acquire(reinterpret_cast<const unsigned*>(in));", 80),
     "global_timer": ("x = global_timer();", 80),
+    "griddepcontrol_launch_dependents": ("griddepcontrol_launch_dependents();", 80),
+    "griddepcontrol_wait": ("griddepcontrol_wait();", 80),
     "opaque": ("r[0] = opaque(n);", 80),
+    "opaque_pointer": ("r[0] = *opaque_pointer(r);", 80),
 }
 
 

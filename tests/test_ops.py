@@ -201,6 +201,8 @@ MATMUL_SHAPES = [
     (64, 64, 512),
     (130, 70, 40),
     (1, 1, 1),
+    (1, 5, 4616),  # each warp fetches more than it can have under way
+    (3, 6, 2312),
 ]
 
 
@@ -529,10 +531,10 @@ def test_attention_extreme_scores(side, rng, scale):
     assert_close(got, *attention_truth(q, keys, values, positions))
 
 
-@pytest.mark.parametrize("last", [0, 31, 32, 700, 1999])
+@pytest.mark.parametrize("last", [0, 127, 128, 255, 256, 700, 2499])
 def test_attention_of_a_short_sequence_in_a_long_cache(side, rng, last):
     """Most of the blocks that share the keys get none."""
-    q, (keys, values) = random(rng, (1, 2, 64)), (random(rng, (2000, 1, 64), BF16) for _ in range(2))
+    q, (keys, values) = random(rng, (1, 2, 64)), (random(rng, (2500, 1, 64), BF16) for _ in range(2))
     keys[last + 1 :], values[last + 1 :] = np.nan, np.nan
     positions = np.array([last], np.int32)
     got = side.get(ops.attention(*map(side.put, (q, keys, values, positions))))
@@ -1091,7 +1093,8 @@ def test_a_dependent_launch_as_the_driver_gets_it(monkeypatch):
 
     stream = SimpleNamespace(ptr=77)
     monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=launched))
-    monkeypatch.setattr(launch, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream)))
+    cuda = SimpleNamespace(get_current_stream=lambda: stream)
+    monkeypatch.setattr(launch, "cupy", lambda: SimpleNamespace(cuda=cuda))
     array = np.zeros(3, np.float32)
     args = (array, None, np.int32(-5), np.float32(1e-6))
     launch._launch_dependent("f", 99, (4, np.int32(2)), (256,), args, 1024)

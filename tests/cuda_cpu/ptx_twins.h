@@ -204,4 +204,4 @@ inline void griddepcontrol_wait(emu::Site site = {}) { emu::launches_before_end(
 // ---- for the compiler ----
 
 inline int opaque(int x) { return x; }
-template <class T> inline T* opaque(T* p) { return p; }
+template <class T> inline T* opaque_pointer(T* p) { return p; }

@@ -1,0 +1,104 @@
+"""A token in one launch."""
+
+from faults.table import GIVES_UP, fault
+
+# fmt: off
+STEP, STEP_RING, STEP_VECTOR, STEP_ATTENTION = (
+    "kernels/decode_step.cu", "kernels/decode_ring.cuh", "kernels/decode_vector.cuh", "kernels/decode_attention.cuh",
+)
+TWO_HEADS, BIASES, SEGMENTS, ROUNDED = (
+    f"decode_step::decode_step[emulated-{case}]"
+    for case in (
+        "two_heads_a_key_head-float32", "untied_no_gain_biases-float32", "two_heads_together_ragged_segments-float32",
+        "two_heads_a_key_head-bfloat16",
+    )
+)
+SHARES = "decode_step::decode_step_shares_out_the_keys[emulated-2-300]"
+
+fault(
+    "step-attention-residual-dropped", STEP, "AFTER_O + mine, before + sum_warps", "AFTER_O + mine, sum_warps",
+    TWO_HEADS,
+)
+fault(
+    "step-mlp-residual-dropped", STEP, "AFTER_DOWN + mine, before + sum_warps", "AFTER_DOWN + mine, sum_warps",
+    TWO_HEADS,
+)
+fault(
+    "step-waits-for-the-wrong-layer", STEP, "words + AFTER_DOWN, tag - 1, l ?", "words + AFTER_DOWN, tag, l ?",
+    TWO_HEADS,
+)
+fault(
+    "step-gate-and-up-swapped", STEP, "gate = sum_warps(pair) * scale, up = sum_warps(pair + ROWS * PITCH)",
+    "up = sum_warps(pair) * scale, gate = sum_warps(pair + ROWS * PITCH)", TWO_HEADS,
+)
+fault("step-bias-of-v-for-k", STEP, "r < HD + K * D ? K_BIAS : V_BIAS", "r < HD + K * D ? V_BIAS : K_BIAS", BIASES)
+fault(
+    "step-one-norm-for-both", STEP, "array<float>(table, l, POST_NORM)", "array<float>(table, l, INPUT_NORM)",
+    TWO_HEADS,
+)
+fault(
+    "step-last-part-lost", STEP_VECTOR, "for (int p = 0; p < 3; p++) {\n        const bf16 a",
+    "for (int p = 0; p < 2; p++) {\n        const bf16 a", TWO_HEADS,
+    also=[("unsigned parts[3];\n            split", "unsigned parts[3] = {};\n            split")],
+)
+fault("step-slice-misread", STEP_VECTOR, "(n + j + step) % 4", "(n + step) % 4", TWO_HEADS)
+fault("step-halves-not-swapped", STEP_VECTOR, "g < 4 ? b[0] : b[1], g < 4 ? b[1] : b[0]", "b[0], b[1]", TWO_HEADS)
+fault("step-ring-never-turns-over", STEP_RING, "slot = 0, parity ^= 1;", "slot = 0;", SEGMENTS)
+fault("step-waits-for-a-later-frame", STEP_RING, "parity ^ unsigned(wrapped)", "parity", TWO_HEADS)
+fault(
+    "step-last-of-equals", STEP, "32 | ~(unsigned)id;", "32 | (unsigned)id;",
+    "decode_step::decode_step_without_a_choice[emulated-None]",
+    also=[("int(~(unsigned)best)", "int((unsigned)best)")],
+)
+fault(
+    "step-ids-beyond-the-tokenizer", STEP, "if (r < n_ids)", "if (r < V)",
+    "decode_step::decode_step_without_a_choice[emulated-None]",
+)
+fault(
+    "step-nan-chosen-as-a-token", STEP, "key >= RANK_OF_INFINITY || ", "",
+    "decode_step::decode_step_without_a_choice[emulated-nan]",
+)
+fault("step-loss-not-told", STEP, "    if (lost) ids[1] = 1;\n", "", GIVES_UP)
+fault("step-loss-forgotten", STEP, "lost ? 0 : turn + 1;", "turn + 1;", GIVES_UP)
+fault(
+    "step-of-a-token-that-is-none", STEP, "shared.known = known;", "shared.known = 1;",
+    "decode_step::decode_step_of_what_does_not_exist",
+)
+fault("step-position-not-advanced", STEP, "*position = p + 1;", "*position = p;", TWO_HEADS)
+fault("step-epoch-not-counted", STEP, "lost ? 0 : turn + 1;", "lost ? 0 : turn;", TWO_HEADS)
+fault("step-newest-key-dropped", STEP_ATTENTION, "if (newest && warp == WARPS - 1)", "if (false)", TWO_HEADS)
+fault("step-newest-key-not-rounded", STEP_ATTENTION, "            a = to_float(narrow);\n", "", ROUNDED)
+fault("step-head-gain-dropped", STEP_ATTENTION, ", x[e / 2][e % 2] *= g[e];", ";", TWO_HEADS)
+fault(
+    "step-rotation-sign", STEP_ATTENTION, "a * c - other * s : a * c + other * s",
+    "a * c + other * s : a * c - other * s", TWO_HEADS,
+)
+fault(
+    "step-key-in-the-wrong-row", STEP_ATTENTION, "((size_t)p * K + kv) * D", "((size_t)(p + 1) * K + kv) * D",
+    TWO_HEADS,
+)
+fault(
+    "step-some-keys-in-no-share", STEP_RING, "(cached + (1 << shift) - 1) >> shift", "cached >> shift",
+    "decode_step::decode_step_shares_out_the_keys[emulated-2-193]",
+)
+fault(
+    "step-keys-behind-the-share", STEP_ATTENTION, "score[h][u] = row < there[f] ? sum : MINUS_INFINITY;",
+    "score[h][u] = sum;", SHARES,
+)
+fault("step-values-behind-the-share", STEP_ATTENTION, "row, own, row < there[f], x)", "row, own, true, x)", SHARES)
+fault("step-pieces-not-turned", STEP_ATTENTION, "at % IN_BOX / IN_PIECE ^ row % 8", "at % IN_BOX / IN_PIECE", SHARES)
+fault("step-keys-of-another-head", STEP_RING, "(mine.kv() * BOXES + lane % BOXES)", "lane % BOXES", TWO_HEADS)
+fault("step-keys-of-another-layer", STEP_RING, "mine, keys, values, l * S);", "mine, keys, values, 0);", TWO_HEADS)
+fault(
+    "step-rows-dealt-to-nobody", STEP_RING, "b * units / gridDim.x * UNIT, last", "(b * units + 1) / gridDim.x * UNIT, last",
+    SEGMENTS,
+)
+fault("step-acc-not-rescaled", STEP_ATTENTION, "    head.weight *= shrink;\n", "", SHARES)
+fault(
+    "step-warps-not-rescaled", STEP_ATTENTION, "fmaf(shared.weight[h][w], factor, weight)",
+    "weight + shared.weight[h][w]", SHARES,
+)
+fault(
+    "step-shares-not-rescaled", STEP_ATTENTION, "float weight = state[0][1] * factor;", "float weight = state[0][1];",
+    SHARES,
+)
