@@ -75,6 +75,17 @@ class Terminal:
         """Ctrl-C."""
         self.type("\x03")
 
+    def end_by_interrupt(self):
+        """Ctrl-C at the prompt, again where the program goes on for five seconds: readline misses one that comes while it draws
+        the prompt. The exit status."""
+        while time.monotonic() < self.deadline:
+            self.interrupt()
+            patience = time.monotonic() + 5
+            while time.monotonic() < patience:
+                if not self._read():
+                    return self.process.wait(timeout=10)
+        raise AssertionError(f"still going on: {self.shown!r}")
+
     def until(self, text, count=1):
         """Wait until the terminal has shown `text` so many times."""
         while self.text.count(text) < count:

@@ -290,7 +290,9 @@ def placed(value, put):
 def execute(case, arguments, put, get):
     """(the call's results as NumPy arrays, what was launched for them)."""
     forced = mock.patch.object(cuda, "_choose", lambda *_: case.tile) if case.tile else contextlib.nullcontext()
-    without = mock.patch.object(launch, "wgmma_processors", lambda: 0) if case.tile == "mma" else contextlib.nullcontext()
+    without = (
+        mock.patch.object(launch, "wgmma_processors", lambda: 0) if case.tile == "mma" else contextlib.nullcontext()
+    )
     with noted_launches() as launches, forced, without:
         positional, named = placed(arguments, put)
         results = case.operation(*positional, **named)
@@ -304,7 +306,11 @@ def arguments_of(case, dtype):
 def emulate(case, arguments, request):
     settings = request.getfixturevalue("emulated_gpu")
     settings.orders, settings.resident_blocks = ("ascending",), BLOCKS  # other tests compare the orders of threads
-    processors = mock.patch.object(launch, "wgmma_processors", lambda: 132) if case.tile.startswith("wgmma") else contextlib.nullcontext()
+    processors = (
+        mock.patch.object(launch, "wgmma_processors", lambda: 132)
+        if case.tile.startswith("wgmma")
+        else contextlib.nullcontext()
+    )
     with processors:
         return execute(case, arguments, lambda array: array, lambda array: array)
 

@@ -365,8 +365,7 @@ def test_without_readline():
 def test_interrupt_at_the_prompt_ends():
     with Terminal([*CUQWEN, "chat", "--model", "demo"]) as t:
         t.until("> ")
-        t.interrupt()
-        assert t.end() == 130 and t.settings_are_as_before() and "Traceback" not in t.text
+        assert t.end_by_interrupt() == 130 and t.settings_are_as_before() and "Traceback" not in t.text
 
 
 def test_interrupt_stops_the_answer_and_a_second_one_the_program(chatty):
@@ -385,8 +384,7 @@ def test_interrupt_stops_the_answer_and_a_second_one_the_program(chatty):
         t.until("the", seen + 2)
         t.interrupt()
         t.until("> ", 4)
-        t.interrupt()
-        assert t.end() == 130 and t.settings_are_as_before() and "Traceback" not in t.text
+        assert t.end_by_interrupt() == 130 and t.settings_are_as_before() and "Traceback" not in t.text
 
 
 def test_interrupt_while_a_prompt_is_read():

@@ -660,7 +660,13 @@ def test_the_tile_that_is_chosen():
     def choice(rows, columns, x_type=BF16, head=0):
         return cuda._choose(cuda._tiles(np.zeros((1, 8), x_type), head), rows, columns)
 
-    assert [choice(rows, 4096) for rows in (5, 32, 128, 512, 2048)] == ["mma_few", "mma_few", "mma_middle", "mma_wide", "mma_wide"]
+    assert [choice(rows, 4096) for rows in (5, 32, 128, 512, 2048)] == [
+        "mma_few",
+        "mma_few",
+        "mma_middle",
+        "mma_wide",
+        "mma_wide",
+    ]
     assert [choice(rows, 1024) for rows in (5, 128, 512, 2048)] == ["mma_few", "mma_few", "mma_middle", "mma_wide"]
     assert [choice(rows, 1024, F32) for rows in (5, 512, 2048)] == ["mma_few", "mma_middle", "mma_wide"]
     assert [choice(rows, 4096, BF16, 128) for rows in (5, 2048)] == ["mma_few", "mma_wide"]
