@@ -160,8 +160,10 @@ def summary(records: Records) -> str:
     if "generate" in records:
         times = {name: sum(stages.values()) for name, stages in starts(records["generate"]).items()}
         ours, theirs = times["cuqwen"], times["transformers"]
+        commit = records["generate"]["commit"][:7]
+        older = "" if records["decode"]["commit"].startswith(commit) else f", at commit {commit}"
         lines.append(
-            f"- **{ours:.1f} s** from the shell to the first token (transformers {theirs:.1f} s, without starting Python)."
+            f"- **{ours:.1f} s** from the shell to the first token{older} (transformers {theirs:.1f} s, without starting Python)."
         )
     if "prefill" in records:
         rates = prefill_rates(records, SIZE)

@@ -12,6 +12,7 @@ import numpy as np
 
 from cuqwen import hub, launch, memory, weights
 from cuqwen.config import CheckpointError, Config, GenerationConfig
+from cuqwen.decode import why_portable
 from cuqwen.generate import Sequence as TokenSequence
 from cuqwen.generate import Step, generate_steps
 from cuqwen.memory import MemoryPlan
@@ -126,6 +127,12 @@ class Model:
         if self._network is None:
             raise ValueError(f"{self!r}: wanted an open model, got one that is closed; load it again")
         return self._network
+
+    @property
+    def fallback(self) -> str | None:
+        """Why a GPU makes single tokens by many small kernels instead of in one launch, and so more slowly; None where it does
+        not, and on the CPU."""
+        return None if self.device == "cpu" else why_portable(self.network)
 
     def close(self) -> None:
         """Free the weights and the text. A stream that has begun keeps what it needs until it ends. May be called twice."""

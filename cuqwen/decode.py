@@ -97,7 +97,7 @@ class Decoder:
         self.eager_steps = 0
         self.launch: Callable[[], None] | None = None
         self.next_position = -1  # what `position` on the device holds
-        self.obstacle = _obstacle(model)
+        self.obstacle = why_portable(model)
         self.one_launch: DecodeStep | None = None
         if self.obstacle is None:
             self.one_launch = DecodeStep(model, cache, choice.n_ids if choice else model.config.vocab_size)
@@ -160,7 +160,8 @@ def _rules(sampling: Sampling) -> dict[str, Any]:
     return {key: value for key, value in vars(sampling).items() if key != "seed"}
 
 
-def _obstacle(model: Qwen3) -> str | None:
+def why_portable(model: Qwen3) -> str | None:
+    """Why single tokens of this model are not made in one launch here; None if they are."""
     if model.device.name == "cpu":
         return "it takes a GPU"
     if os.environ.get("CUQWEN_PORTABLE", "0") not in ("", "0"):

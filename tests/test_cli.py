@@ -750,3 +750,12 @@ def test_page_of_the_commands_is_up_to_date():
     text = commands_page.PAGE.read_text(encoding="utf-8")
     assert commands_page.render(text) == text, "run python -m tools.commands_page"
     assert re.findall(r"<!-- options of (\w+) -->", text) == list(cli.COMMANDS)
+
+
+def test_a_fallback_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("cuqwen.api.Model.fallback", property(lambda model: "it takes another GPU"))
+    arguments = ["generate", "In the", "--model", "demo", "--device", "cpu", "--max-tokens", "1"]
+    assert cli.main(arguments) == 0
+    line = "cuqwen: each token takes many small kernels instead of one launch: it takes another GPU\n"
+    assert line in capsys.readouterr().err
+    assert cli.main([*arguments, "--quiet"]) == 0 and capsys.readouterr().err == ""

@@ -295,3 +295,11 @@ def test_a_closed_model(load):
             call()
     model.close()
     assert model.config.vocab_size == 264 and model.tokenizer.encode("a")
+
+
+def test_a_fallback_is_told(load, monkeypatch):
+    model = load()
+    assert model.fallback == (None if model.device == "cpu" else "CUQWEN_PORTABLE is set")
+    monkeypatch.delenv("CUQWEN_PORTABLE")
+    monkeypatch.setattr(decode, "obstacle", lambda network: "it takes another GPU")
+    assert model.fallback == (None if model.device == "cpu" else "it takes another GPU")

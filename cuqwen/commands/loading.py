@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ def load(options: argparse.Namespace) -> Model:
             launch.has_gpu()  # imports CuPy
     show = terminal.for_a_person(options.quiet)
     with terminal.bar("load", "B", show=show, least=PROGRESS_FROM_BYTES) as progress:
-        return api.load(
+        model = api.load(
             options.model,
             device=options.device,
             max_context=options.max_context,
@@ -35,6 +36,9 @@ def load(options: argparse.Namespace) -> Model:
             progress=progress,
             show_download=show,
         )
+    if not options.quiet and (reason := model.fallback):
+        print(f"cuqwen: each token takes many small kernels instead of one launch: {reason}", file=sys.stderr)
+    return model
 
 
 @contextlib.contextmanager
