@@ -137,6 +137,7 @@ def test_sample_of_equals(side, n, top_p):
     list, 5,000 the long one."""
     for top_k in (0, 1, 3):
         compare(side, np.zeros((2, n), np.float32), temperature=0.7, top_k=top_k, top_p=top_p)
+    compare(side, np.zeros((2, n), np.float32), temperature=0.7, top_p=top_p, min_p=1.0)
     two = np.where(np.arange(n) % 3 == 0, np.float32(1.5), np.float32(-1.5))[None]
     compare(side, two, temperature=0.9, top_p=top_p)
     compare(side, -two, temperature=1e-3, top_k=2, top_p=top_p)

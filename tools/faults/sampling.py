@@ -32,6 +32,10 @@ fault("sample-top-p-boundary-of-many", SAMPLE_ALL, "s.running[r] <= allowance", 
 fault("sample-equals-from-above", SAMPLE_LIST, "s.ids[j] <= id", "s.ids[j] >= id", equals(40))
 fault("sample-same-number-again", SAMPLE, "*step = now + 1", "*step = now", equals(40))
 fault(
+    "sample-min-p-strict-in-long-lists", SAMPLE_ALL, "in && weight >= s.job.set.min_p", "in && weight > s.job.set.min_p",
+    "sample::sample_of_equals",
+)
+fault(
     "sample-min-p-strict", SAMPLE_LIST, "weight >= set.min_p", "weight > set.min_p",
     sample({"temperature": 1.0, "min_p": 1.0}),
 )
