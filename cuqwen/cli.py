@@ -32,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_missing_streams()
     try:
         arguments = sys.argv[1:] if argv is None else list(argv)
-        options = _parser(arguments).parse_args(arguments)
+        options, unknown = _parser(arguments).parse_known_args(arguments)
+        if unknown:
+            remedy = (
+                "--help lists the options" if unknown[0].startswith("-") else "put a text of several words in quotes"
+            )
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}; {remedy}")
         status = options.run(options, options.parser)
         sys.stdout.flush()
         return status or 0

@@ -370,6 +370,8 @@ def _read_rope(keys: _Keys) -> tuple[float, Yarn | None]:
     for name, theta in found.items():
         if theta != next(iter(found.values())):
             keys.fail(name, f"the same as {next(iter(found))} = {next(iter(found.values()))}", theta)
+    if scalings.get("rope_scaling") is not None and scalings.get("rope_parameters", True) is None:
+        del scalings["rope_parameters"]  # as in transformers: rope_scaling switches on what rope_parameters leaves out
     if len(set(scalings.values())) > 1:
         keys.fail("rope_scaling", "what rope_parameters says", keys.values["rope_scaling"])
     theta, scaling = next(iter(found.values())), next(iter(scalings.values()), None)

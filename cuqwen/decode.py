@@ -123,10 +123,10 @@ class Decoder:
             or (portable and self.eager_steps == 0)
             or self.cache.length == self.cache.capacity
         ):
-            self.eager_steps += 1
             logits = self.model.forward(ids, self.cache)
             if self.choice is not None:
                 self.choice(logits, self.ids)
+            self.eager_steps += 1  # now the kernels are compiled
             return logits
         if self.launch is None:
             # a recording has bare pointers to the tables, which a longer cache replaces

@@ -15,7 +15,7 @@ import cuqwen
 from cuqwen import cli
 from cuqwen.api import Model
 from cuqwen.commands import answers, chat
-from cuqwen.commands.conversation import Conversation
+from cuqwen.commands.conversation import MARK, Conversation
 from cuqwen.model import Qwen3
 from cuqwen.tokenizer import Tokenizer
 
@@ -452,3 +452,45 @@ def test_help_in_the_chat_names_every_command(demo):
     given = argparse.Namespace(system=None, no_think=False, hide_thinking=False)
     commands = chat.Chat(demo, {}, given).commands
     assert set(re.findall(r"^/(\w+)", chat.HELP, re.M)) == {*commands, "exit"} - {"help"}
+
+
+def test_save_overwrites_conversations_only_and_as_a_whole(demo, tmp_path, monkeypatch):
+    given = argparse.Namespace(
+        system=None, no_think=False, hide_thinking=False, quiet=True, model="demo", max_tokens=2, stats=False,
+        thinking_budget=None,
+    )  # fmt: skip
+    talk = chat.Chat(demo, {"temperature": 0.0}, given)
+    other, kept = tmp_path / "notes.txt", tmp_path / "kept.json"
+    other.write_text("precious")
+    with pytest.raises(ValueError, match="is there and no conversation"):
+        talk._command("save", str(other))
+    assert other.read_text() == "precious"
+    talk._command("save", str(kept))
+    talk.conversation.reset([{"role": "user", "content": "half a pair: \ud800"}])
+    with pytest.raises(ValueError):
+        talk._command("save", str(kept))
+    assert json.loads(kept.read_text())["messages"] == [] and list(tmp_path.glob("*.part")) == []
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": None}], [{"role": "user", "content": ["a"]}], [{"content": "x"}], ["x"], 3, {"a": 1},
+        [{"role": "tool", "content": "x"}], [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}],
+        [{"role": "user", "content": "\ud800"}],
+    ],
+)  # fmt: skip
+def test_load_refuses_what_is_no_conversation(messages, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(messages))
+    with pytest.raises(ValueError):
+        chat._read_messages(path)
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError):
+        chat._read_messages(path)
+
+
+def test_a_text_that_looks_like_the_mark_changes_nothing():
+    """What the template adds is found behind a mark that no text has."""
+
+    assert len(MARK) > 30 and not MARK.isascii()

@@ -307,6 +307,7 @@ def test_yarn_as_published(small):
         {**small, "rope_scaling": old},
         {**small, "rope_scaling": {**YARN, "type": "yarn", "attention_factor": None, "beta_fast": None}},
         {**respelled(small), "rope_parameters": {**YARN, "rope_theta": 1000000}},
+        {**respelled(small), "rope_scaling": YARN},  # beside rope_parameters of the default type: as load() advises
         {**small, "rope_parameters": {**YARN, "rope_theta": 1000000}, "rope_scaling": old},
     ):
         assert Config.from_dict(d, "") == config
@@ -344,7 +345,8 @@ def test_yarn_contradicted(small):
     refused(
         {**small, "rope_scaling": YARN, "rope_parameters": {**YARN, "factor": 2.0}}, "rope_scaling", "rope_parameters"
     )
-    refused({**small, "rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6}}, "rope_scaling", "rope_parameters")
+    by_parameters = {**small, "rope_parameters": {**YARN, "rope_theta": 1e6}}
+    refused({**by_parameters, "rope_scaling": {"rope_type": "default"}}, "rope_scaling", "rope_parameters")
     refused({**small, "rope_scaling": YARN, "rope_theta": 1}, "rope_theta", "> 1 for YaRN")
 
 

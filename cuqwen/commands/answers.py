@@ -21,7 +21,9 @@ ENOUGH = (
 def encode(prompt: str, model: Model, options: argparse.Namespace) -> list[int]:
     """Token ids of the prompt as it stands, or put through the chat template where the checkpoint has one."""
     tokenizer = model.tokenizer
-    if not options.raw and (tokenizer.has_chat_template or options.system is not None or options.no_think):
+    if not tokenizer.has_chat_template and (options.system is not None or options.no_think):
+        raise ValueError("--system and --no-think: wanted a chat template, the checkpoint has none; leave them out")
+    if not options.raw and tokenizer.has_chat_template:
         system = [] if options.system is None else [{"role": "system", "content": options.system}]
         messages = [*system, {"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, enable_thinking=False if options.no_think else None)

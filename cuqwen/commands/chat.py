@@ -101,7 +101,7 @@ class Chat:
                     self._command(name, rest.strip())
                 elif message.strip():
                     self._answer(message.removeprefix(" ") if message.startswith(" /") else message)
-            except (ValueError, OSError, MemoryError) as error:
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:
                 if not self.interactive or isinstance(error, BrokenPipeError):
                     raise
                 terminal.note(f"error: {' '.join(str(error).split())}")
@@ -180,25 +180,29 @@ class Chat:
         path = _path(rest, "save")
         system = [] if self.conversation.system is None else [{"role": "system", "content": self.conversation.system}]
         saved = {"model": self.given.model, "messages": [*system, *self.conversation.messages]}
+        data = (json.dumps(saved, ensure_ascii=False, indent=1) + "\n").encode("utf-8")
+        part = path.with_name(path.name + ".part")
         try:
-            path.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            if path.exists():
+                try:
+                    _read_messages(path)
+                except ValueError:
+                    raise ValueError(f"/save: {path} is there and no conversation; give another file") from None
+            part.write_bytes(data)
+            part.replace(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
             raise OSError(f"/save: {path} cannot be written ({error.strerror}); give another file") from None
         terminal.note(f"{len(self.conversation.messages)} messages are in {path}")
 
     def _load(self, rest: str) -> None:
         path = _path(rest, "load")
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            messages = [
-                {key: str(message[key]) for key in ("role", "reasoning_content", "content") if key in message}
-                for message in (saved["messages"] if isinstance(saved, dict) else saved)
-            ]
-            if any("content" not in message or "role" not in message for message in messages):
-                raise ValueError("a message lacks role or content")
+            messages = _read_messages(path)
         except OSError as error:
             raise OSError(f"/load: {path} cannot be read ({error.strerror}); give another file") from None
-        except (ValueError, LookupError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"/load: {path}: wanted a conversation as /save writes it ({error})") from None
         has_system = bool(messages) and messages[0]["role"] == "system"
         self.conversation.system = messages[0]["content"] if has_system else None
@@ -212,6 +216,26 @@ class Chat:
         terminal.note(f"{turns} turn{'s' * (turns != 1)}, {used:,} of {context:,} tokens")
         if self.last is not None:
             terminal.note(f"last answer: {self.last.line()}")
+
+
+def _read_messages(path: Path) -> list[dict[str, str]]:
+    """The messages of a saved conversation. Raises ValueError for another file, OSError."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        found = saved["messages"] if isinstance(saved, dict) else saved
+        messages = [
+            {key: message[key] for key in ("role", "reasoning_content", "content") if message.get(key) is not None}
+            for message in found
+        ]
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    for number, message in enumerate(messages):
+        if not {"role", "content"} <= message.keys() or not all(isinstance(text, str) for text in message.values()):
+            raise ValueError("a message lacks role or content as text")
+        if message["role"] not in ("user", "assistant", "system")[: 2 + (number == 0)]:
+            raise ValueError(f"a message of {message['role']}")
+        message["content"].encode("utf-8")  # no half of a surrogate pair, which no template and no file can take
+    return messages
 
 
 def _path(text: str, command: str) -> Path:

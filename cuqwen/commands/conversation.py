@@ -7,6 +7,7 @@ the conversation is written anew by the template, without it.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from cuqwen.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-MARK = "(the answer before)"
+MARK = f"\ue000{uuid.uuid4().hex}\ue000"  # stands in for an answer; no text has it
 
 
 class Conversation:

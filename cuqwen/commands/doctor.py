@@ -126,7 +126,8 @@ def _cupy(report: Report, *, required: bool) -> bool:
         cp = launch.cupy()
     except launch.DeviceError as error:
         if required:
-            report.fail("CuPy", str(error), INSTALL)
+            found, _, remedy = str(error).partition("; ")
+            report.fail("CuPy", found, remedy or INSTALL)
         else:
             report.note("CuPy", str(error))
         return False

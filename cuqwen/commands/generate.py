@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = """Answer a prompt through the checkpoint's chat template, or continue it as it stands (--raw, or
     a checkpoint that has no template). Sampling settings that are not given come from the checkpoint's
     generation_config.json."""
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help='the text; "-" or nothing reads standard input')
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help='the text; "-", or nothing in a pipe, reads standard input'
+    )
     options.add_model(parser)
     options.add_loading(parser)
     text = parser.add_argument_group("text")

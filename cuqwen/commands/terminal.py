@@ -25,8 +25,9 @@ def write(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Show a line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Show a line on standard error, if somebody still reads it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def use_utf8() -> None:
