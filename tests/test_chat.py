@@ -238,6 +238,26 @@ def test_thinking_budget(monkeypatch, capsys, streams, thinker):
     assert answers.ENOUGH + answer in capsys.readouterr().out
 
 
+def test_nothing_is_lost_where_thinking_is_cut_and_no_number_is_drawn_twice(demo, monkeypatch):
+    monkeypatch.setattr(answers, "opens_thinking", lambda model, ids: True)
+    ids, seeds, original = demo.tokenizer.encode("In the beginning"), [], Model.stream
+
+    def noted(self, prompt, **arguments):
+        seeds.append(arguments["seed"])
+        return original(self, prompt, **arguments)
+
+    monkeypatch.setattr(Model, "stream", noted)
+    first = next(iter(original(demo, ids, max_tokens=1, temperature=0.0)))
+    steps = list(
+        answers.stream(
+            demo, ids, max_tokens=60, thinking_budget=1, temperature=0.0, stop=(first.text + "NEVER",), seed=7
+        )
+    )
+    text = "".join(step.text for step in steps)
+    assert text == demo.tokenizer.decode(step.token for step in steps) and text.startswith(first.text + answers.ENOUGH)
+    assert len(seeds) == len(set(seeds)) == 2 and all(0 <= seed < 2**64 for seed in seeds)
+
+
 # --- what is shown -------------------------------------------------------------------------------------------------
 
 

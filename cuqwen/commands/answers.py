@@ -44,7 +44,8 @@ def stream(
     model: Model, ids: Sequence[int], *, max_tokens: int, thinking_budget: int | None = None, **arguments: Any
 ) -> Generator[Step, None, None]:
     """The steps of `model.stream`. An answer that is still thinking after `thinking_budget` tokens is told to come to its
-    end; the tokens of that sentence are steps as well, and count."""
+    end; the tokens of that sentence are steps as well, and count. What follows it draws numbers of its own from the seed, and
+    its presence and frequency penalties count anew."""
     if thinking_budget is None:
         yield from model.stream(ids, max_tokens=max_tokens, **arguments)
         return
@@ -52,7 +53,8 @@ def stream(
 
     sentence = model.tokenizer.encode(ENOUGH)
     taken: list[int] = []
-    text = "<think>" if opens_thinking(model, ids) else ""
+    opened = "<think>" if opens_thinking(model, ids) else ""
+    text = opened
     rest = max_tokens - thinking_budget - len(sentence)
     steps: Any = model.stream(ids, max_tokens=max_tokens, **arguments)
     for step in steps:
@@ -65,5 +67,11 @@ def stream(
         return
     steps.close()
     decoder = model.tokenizer.stream()
-    yield from (Step(decoder.push(token), token) for token in sentence)
+    # what might have become a stop string has not been shown
+    held = "".join(map(decoder.push, taken))[len(text) - len(opened) :]
+    for token in sentence:
+        yield Step(held + decoder.push(token), token)
+        held = ""
+    if arguments.get("seed") is not None:
+        arguments["seed"] = (arguments["seed"] + 2**63) % 2**64
     yield from model.stream([*ids, *taken, *sentence], max_tokens=rest, **arguments)

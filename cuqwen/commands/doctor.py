@@ -4,6 +4,7 @@ prints is what an issue report wants to contain."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import shutil
@@ -253,7 +254,10 @@ def _folder(report: Report, what: str, folder: Path, variable: str) -> None:
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     room = shutil.disk_usage(existing).free
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()] if folder.is_dir() else []
-    size = sum(path.stat().st_size for path in files)
+    size = 0
+    for path in files:
+        with contextlib.suppress(OSError):  # another program's temporary files come and go
+            size += path.stat().st_size
     text = f"{folder}: {len(files)} files, {in_units(size)}; {in_units(room)} free"
     if os.access(existing, os.W_OK):
         report.ok(what, text)
