@@ -677,16 +677,20 @@ unsigned long long clock_ns() {
 
 void launches_before_end(const char* what, Site site) {
     Launch& launch = self().block->launch;
-    std::lock_guard<std::mutex> lock(launch.late_mutex);
-    if (launch.waited) return;
-    launch.waited = true;
-    for (int i = 0; i < launch.options.lates; i++) {
-        const Late& late = launch.options.late[i];
-        if (memcmp(late.memory, late.before, late.bytes))
-            fail("%s: something was written before to an array of %zu bytes that earlier launches may still use",
-                 name(what, site).c_str(), late.bytes);
-        memcpy(late.memory, late.after, late.bytes);
+    const Late* touched = nullptr;
+    {
+        std::lock_guard<std::mutex> lock(launch.late_mutex);
+        if (launch.waited) return;
+        launch.waited = true;
+        for (int i = 0; i < launch.options.lates; i++) {
+            const Late& late = launch.options.late[i];
+            if (memcmp(late.memory, late.before, late.bytes)) touched = &late;
+            memcpy(late.memory, late.after, late.bytes);
+        }
     }
+    if (touched)  // without the lock, which would never be given back
+        fail("%s: something was written before to an array of %zu bytes that earlier launches may still use", name(what, site).c_str(),
+             touched->bytes);
 }
 
 void check_shared(const char* what, Site site, const void* p, size_t bytes, size_t alignment) {
