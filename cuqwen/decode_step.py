@@ -33,7 +33,7 @@ NO_CHOICE = -1  # in `ids`, where the logits leave no token
 def variants() -> Iterator[tuple[str, launch.Defines]]:
     """(file, -D constants) for the shapes of Qwen3-0.6B with either type of cache, standing for all.
 
-    Some larger ones spill registers (8B 32 bytes, 4B 344, 32B 720), which their longer streams hide.
+    Some larger ones spill registers (8B 28 bytes, 4B 216, 14B 534, 32B 724), which their longer streams hide.
     """
     for kv_dtype in (BF16, F32):
         config = Config(
