@@ -2,8 +2,9 @@
 
     python -m benchmarks.decode [--sizes 0.6B,1.7B,4B,8B] [--compare] [--folder CHECKPOINT] [--output FILE]
 
-Random weights of Qwen3's shapes and random keys and values as context. A row is wall-clock time over `TOKENS` tokens (`FEW`
-for larger sizes and long contexts) as `generate` makes them: one step ahead of the host, each token read by it.
+Random weights of Qwen3's shapes and random keys and values as context. A row is wall-clock time over answers as `generate`
+makes them, each token read by the host, that begin at the row's context: `TOKENS` tokens, `FEW` for larger sizes and long
+contexts; at the shortest context ten that stay within 128 tokens.
 `end_to_end` is `model.stream` on a checkpoint of 0.6B's shape, text and all. The floor is the bytes of weights and cache over
 the read bandwidth measured first. --compare: transformers' `generate` on random weights of 0.6B's shape, eager, and with a
 static cache and torch.compile.
@@ -34,7 +35,8 @@ from cuqwen.sizes import SIZES
 
 BF16 = ml_dtypes.bfloat16
 TOKENS, FEW, REPEATS = 1000, 200, 3
-CONTEXTS = (20, 128, 1024, 4096, 8192, 32768)
+SHORT = 128  # tokens of context
+CONTEXTS = (20, SHORT, 1024, 4096, 8192, 32768)
 MEASURED = ("0.6B", "1.7B", "4B", "8B")
 COMPARE_SECONDS = 240.0
 
@@ -57,14 +59,16 @@ def fill(cache: KVCache, context: int) -> None:
 
 
 def row(model: Qwen3, size: str, context: int, choice: str, portable: bool, bandwidth: float) -> dict[str, Any]:
-    tokens = TOKENS if size == "0.6B" and context <= 1024 else FEW
+    tokens, repeats = TOKENS if size == "0.6B" and context <= 1024 else FEW, REPEATS
+    if size == "0.6B" and context < SHORT:
+        tokens, repeats = SHORT - context, 10
     case = bench.Case(0, tokens, context, choice)
     cache = model.new_cache(context + tokens)
     fill(cache, context)
     with bench.portable_steps(portable):
-        decoder, runs = bench.answers(model, cache, sizes.TOKENS, case, REPEATS)
+        decoder, runs = bench.answers(model, cache, sizes.TOKENS, case, repeats)
     next(runs)
-    speeds = [tokens / next(runs) for _ in range(REPEATS)]
+    speeds = [tokens / next(runs) for _ in range(repeats)]
     speed, moved = statistics.median(speeds), bench.bytes_per_token(model, case)
     return {
         "size": size, "context": context, "choice": choice, "tokens": tokens, "one_launch": decoder.obstacle is None,

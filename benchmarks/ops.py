@@ -57,7 +57,8 @@ SHAPES = {
     "32B": Shape(5120, 25600, 64),
 }
 FEW_SIZES = ("0.6B", "8B")  # the ones compiled, and timed for more than one token, unless others are asked for
-LARGE_ROWS = ((1 << 20, 1024), (8192, 4096))  # rmsnorm's, at which memory alone counts
+# Where a launch's beginning and end count little: rmsnorm's rows, matmul's T, N and C, attention's T with 16 and 8 heads of 128
+LARGE_ROWS, LARGE_SIDE, LARGE_PROMPT = ((1 << 20, 1024), (8192, 4096)), 4096, 8192
 
 Spec = tuple[tuple[int, ...], np.dtype]  # of an input that is rotated; integers are below the last entry of `below`
 
@@ -134,12 +135,12 @@ def matmul(s: Shape, T: int) -> Iterator[Work]:
 
 
 def swiglu(s: Shape, T: int) -> Iterator[Work]:
-    for x in (F32, BF16) if T > 1 else (F32,):
-        inputs = ((T, s.C), x), ((s.F, s.C), BF16), ((s.F, s.C), BF16)
+    for x in (F32, BF16) if T > 1 else (F32,):  # the result likewise, as prompts are read
+        inputs = ((T, s.C), x), ((s.F, s.C), BF16), ((s.F, s.C), BF16), ((T, s.F), x)
         yield Work(
-            "" if x == F32 else "x bf16", inputs, lambda x, g, u: ops.swiglu(x, g, u), "read" if T == 1 else "copy",
-            4 * s.F * s.C + T * (x.itemsize * s.C + 4 * s.F), 4 * T * s.F * s.C,
-            (lambda x, g, u: functional().silu(functional().linear(x, g)) * functional().linear(x, u))
+            "" if x == F32 else "x bf16", inputs, lambda x, g, u, out: ops.swiglu(x, g, u, out=out),
+            "read" if T == 1 else "copy", 4 * s.F * s.C + T * x.itemsize * (s.C + s.F), 4 * T * s.F * s.C,
+            (lambda x, g, u, _: functional().silu(functional().linear(x, g)) * functional().linear(x, u))
             if x == (F32 if T == 1 else BF16) else None,
         )  # fmt: skip
 
@@ -194,7 +195,7 @@ def qk_norm(s: Shape, T: int) -> Iterator[Work]:
 
 def attention(s: Shape, T: int) -> Iterator[Work]:
     H, K, D = s.H, s.K, s.D
-    for S in (CONTEXT, 8 * CONTEXT) if T == 1 else (T,):
+    for S in (CONTEXT, 8 * CONTEXT, 32 * CONTEXT) if T == 1 else (T,):
         positions = launch.upload(np.arange(S - T, S, dtype=np.int32))
         seen = T * S - T * (T - 1) // 2
 
@@ -202,11 +203,11 @@ def attention(s: Shape, T: int) -> Iterator[Work]:
             return functional().scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
 
         for x in (F32, BF16) if T > 1 else (F32,):
-            out = make((T, H, D), x)
+            out, cache = make((T, H, D), x), x if T > 1 else BF16
             yield Work(
-                f"S {S}" if x == F32 else f"S {S}, q bf16", (((T, H, D), x), ((S, K, D), BF16), ((S, K, D), BF16)),
+                f"S {S}" if x == F32 else f"S {S}, q bf16", (((T, H, D), x), ((S, K, D), cache), ((S, K, D), cache)),
                 lambda q, k, v, positions=positions, out=out: ops.attention(q, k, v, positions, out=out),
-                "read" if T == 1 else "copy", 4 * S * K * D + 2 * x.itemsize * T * H * D, 4 * seen * H * D,
+                "read" if T == 1 else "copy", 2 * (cache.itemsize * S * K + x.itemsize * T * H) * D, 4 * seen * H * D,
                 in_torch if x == (F32 if T == 1 else BF16) else None,
                 (((1, H, T, D), BF16), ((1, K, S, D), BF16), ((1, K, S, D), BF16)),
             )  # fmt: skip
@@ -247,12 +248,27 @@ def sample(s: Shape, T: int) -> Iterator[Work]:
         )  # fmt: skip
 
 
-def large_rmsnorm() -> Iterator[tuple[str, int, Work]]:
+def large_rmsnorm() -> Iterator[tuple[int, Work]]:
     for (rows, C), dtype in itertools.product(LARGE_ROWS, (F32, BF16)):
-        for work in rmsnorm_of(rows, C, dtype, dtype.name):
-            yield f"C {C}", rows, work
+        for work in rmsnorm_of(rows, C, dtype, f"C {C}, {dtype.name}"):
+            yield rows, work
 
 
+def large_matmul() -> Iterator[tuple[int, Work]]:
+    n = LARGE_SIDE
+    yield n, Work(
+        f"N {n}, C {n}, x bf16", (((n, n), BF16), ((n, n), BF16), ((n, n), F32)),
+        lambda x, w, out: ops.matmul(x, w, out=out), "copy", 8 * n * n, 2 * n**3,
+        lambda x, w, _: functional().linear(x, w),
+    )  # fmt: skip
+
+
+def large_attention() -> Iterator[tuple[int, Work]]:
+    T = LARGE_PROMPT
+    yield T, next(work for work in attention(SHAPES["0.6B"], T) if work.inputs[0][1] == BF16)
+
+
+LARGE = {"rmsnorm": large_rmsnorm, "matmul": large_matmul, "attention": large_attention}
 OPERATIONS = (embed, rmsnorm, qkv_rope, qk_norm, attention, matmul, swiglu, silu_mul, argmax, sample)
 
 
@@ -405,9 +421,9 @@ def works(options: argparse.Namespace) -> Iterator[tuple[int, str, str, Work]]:
         for operation in wanted:
             for work in operation(shape, T):
                 yield T, size, operation.__name__, work
-    if options.large and rmsnorm in wanted:
-        for size, T, work in large_rmsnorm():
-            yield T, size, "rmsnorm", work
+    for name in [operation.__name__ for operation in wanted if options.large and operation.__name__ in LARGE]:
+        for T, work in LARGE[name]():
+            yield T, "large", name, work
 
 
 COLUMNS = (
@@ -465,7 +481,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in words(text)], default=[1, 512, 2048])
     parser.add_argument("--operations", type=words, help="default: all")
     parser.add_argument("--no-torch", dest="torch", action="store_false")
-    parser.add_argument("--no-large", dest="large", action="store_false", help="without rmsnorm of millions of rows")
+    parser.add_argument("--no-large", dest="large", action="store_false", help="without the largest shapes")
     parser.add_argument("--compile-seconds", type=float, default=150, help="for torch.compile, all in all")
     parser.add_argument("--compile-mode", default="default", help="max-autotune-no-cudagraphs takes minutes")
     parser.add_argument("--output", default="benchmarks/results/ops.json")

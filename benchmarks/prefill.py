@@ -174,7 +174,8 @@ def main() -> None:
         model = random_model(size)
         results = []
         for mode, exact in (("default", False), ("exact", True)):
-            network = Qwen3(model.config, model.weights, model.device, model.kv_dtype, exact=exact, chunk=options.chunk)
+            kv_dtype = np.float32 if exact else model.kv_dtype  # as `load` has it
+            network = Qwen3(model.config, model.weights, model.device, kv_dtype, exact=exact, chunk=options.chunk)
             results.append(ours(size, network, mode))
         if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
             results.append(transformers(size))

@@ -41,6 +41,7 @@ CONTENDERS = {
     "cuqwen token by token": "**cuqwen**, token by token",
     "cuqwen kv float32": "**cuqwen**, float32 cache",
     "cuqwen exact kv float32": "**cuqwen**, `exact=True`, float32 cache",
+    "cuqwen exact kv bfloat16": "**cuqwen**, `exact=True`, bf16 cache",
 }
 CHECKPOINTS = {"demo": "demo", "ordinary": "random, ordinary gains", "heavy": "random, heavy gains"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -119,14 +120,18 @@ def sizes_of(record: Record) -> list[str]:
     return list(dict.fromkeys(row["size"] for row in record["rows"]))
 
 
+def first_token_at(row: Record) -> float:
+    """Seconds from the start of the process; of records without a clock, those of the whole process."""
+    return row["spans"]["first token"][0] if "spans" in row else row["process_seconds"]
+
+
 def starts(record: Record) -> dict[str, Record]:
     """Seconds by stage from the shell to the first token, medians where there are several runs."""
 
     def ours(cache: str) -> Record:
         runs = [row for row in record["cuqwen"] if row["kernel_cache"] == cache and row["tokens"] == 1]
-        whole, load, first = (
-            statistics.median(row[key] for row in runs) for key in ("process_seconds", "load_seconds", "first_token_seconds")
-        )  # fmt: skip
+        whole = statistics.median(first_token_at(row) for row in runs)
+        load, first = (statistics.median(row[key] for row in runs) for key in ("load_seconds", "first_token_seconds"))
         return {"imports": whole - load - first, "load": load, "first token": first}
 
     peer = record["transformers_bf16"]
@@ -253,6 +258,41 @@ def start(records: Records) -> str:
     return table([f"prompt of {record['prompt_tokens']} tokens", *STAGES, "shell to first token"], rows)
 
 
+def spans(records: Records) -> str:
+    runs = [row for row in records["generate"]["cuqwen"] if (row["kernel_cache"], row["tokens"]) == ("warm", 1)]
+    if "spans" not in runs[0]:
+        return NO_VALUE
+    run = sorted(runs, key=first_token_at)[len(runs) // 2]
+    found = sorted(run["spans"].items(), key=lambda span: span[1])
+    rows = [[name, *(f"{t:.2f} s" for t in (begin, end, end - begin))] for name, (begin, end) in found]
+    return table(["part, some beside others", "from", "to", "takes"], rows)
+
+
+def load(records: Records) -> str:
+    record = records["load"]
+    rows = [["copying page-locked memory to the GPU", f"{record['copy'] / 1e9:.1f} GB/s"]]
+    rows += [
+        [f"reading the files into page-locked memory, {n} thread{'s' * (n != '1')}", f"{rate / 1e9:.1f} GB/s"]
+        for n, rate in record["reads"].items()
+    ]
+    seconds = statistics.median(record["load_seconds"])
+    share = f"{record['percent_of_slower']:.0f} % of the slower of the two"
+    rows.append(["**`cuqwen.load`**, all of it", f"**{record['rate'] / 1e9:.1f} GB/s**, {seconds:.2f} s, {share}"])
+    if theirs := record["safetensors_torch_seconds"]:
+        rows.append(
+            ["safetensors for PyTorch, tensors only", f"{record['bytes'] / theirs / 1e9:.1f} GB/s, {theirs:.2f} s"]
+        )
+    return table([f"{record['bytes'] / 1e9:.1f} GB of {record['size']}'s shape in {record['files']} files", ""], rows)
+
+
+def environment(records: Records) -> str:
+    record = records["environment"]
+    added = record["bytes"] - record["bare_venv_bytes"]
+    largest = list(record["package_bytes"].items())[:3]
+    most = ", ".join(f"{name.split()[0]} {size / 1e6:.0f}" for name, size in largest)
+    return f"It adds {added / 1e9:.2f} GB to a virtual environment (of which MB: {most})."
+
+
 def accuracy(records: Records) -> str:
     results = records["accuracy"]["results"]
     rows = []
@@ -295,6 +335,19 @@ def operations(records: Records) -> str:
     return "\n\n".join(tables)
 
 
+def large(records: Records) -> str:
+    rows = []
+    for row in records["ops"]["rows"]:
+        if row["size"] != "large" or "error" in row:
+            continue
+        unit, rate = ("TFLOP/s", "teraflops") if row["ceiling"] == "tensor" else ("GB/s", "gigabytes_per_second")
+        theirs = _rate(row[rate] * row["microseconds"] / row["torch"]) if row["torch"] else NO_VALUE
+        limit = f"{row['percent_of_ceiling']:.0f} % of {row['ceiling']}"
+        name = f"`{row['operation']}` {row['what']}"
+        rows.append([name, f"{row['tokens']:,}", unit, _rate(row[rate]), limit, theirs])
+    return table(["", "T", "unit", "cuqwen", "share", "torch"], rows)
+
+
 def sources(records: Records) -> str:
     lines = []
     for name, record in records.items():
@@ -302,17 +355,16 @@ def sources(records: Records) -> str:
             engines = "; ".join(f"{engine}: {what}" for engine, what in record["engines"].items())
             lines.append(f"- {_link(name)}: {record['gpu']}, {record['date']}, in runs of their own. {engines}.")
             continue
-        versions = record["versions"]
-        used = [
-            f"{key} {versions[key]}"
-            for key in ("cupy-cuda13x", "cupy-cuda12x", "torch", "transformers")
-            if key in versions
-        ]
-        commit = "" if record["commit"] == "unknown" else f", commit {record['commit'][:7]}"
-        lines.append(
-            f"- {_link(name)}: `{record['command']}`, {record['gpu']}, driver {record['driver']}, {record['date'][:10]}{commit}, "
-            f"{', '.join(used)}."
-        )
+        parts = [f"`{record['command']}`"]
+        if record["gpu"]:
+            parts += [record["gpu"], f"driver {record['driver']}"]
+        parts.append(record["date"][:10])
+        if record["commit"] != "unknown":
+            parts.append(f"commit {record['commit'][:7]}")
+        if record["gpu"]:
+            used = ("cupy-cuda13x", "cupy-cuda12x", "torch", "transformers")
+            parts += [f"{key} {record['versions'][key]}" for key in used if key in record["versions"]]
+        lines.append(f"- {_link(name)}: {', '.join(parts)}.")
     return "\n".join(lines)
 
 
@@ -353,9 +405,13 @@ PARTS = {
     "memory": Part(memory, ("prefill", "memory")),
     "start": Part(start, ("generate", "cuqwen")),
     "start picture": Part(lambda records: "", ("generate", "cuqwen"), "start"),
+    "spans": Part(spans, ("generate", "cuqwen")),
+    "load": Part(load, ("load", "rate")),
+    "environment": Part(environment, ("environment", "package_bytes")),
     "accuracy": Part(accuracy, ("accuracy", "results")),
     "ceilings": Part(ceilings, ("ops", "ceilings")),
     "operations": Part(operations, ("ops", "ceilings")),
+    "large": Part(large, ("ops", "ceilings")),
     "sources": Part(sources, ("decode", "rows")),
 }
 

@@ -15,17 +15,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cuqwen import ops
     from cuqwen.api import Model, load
-    from cuqwen.config import CheckpointError
     from cuqwen.generate import Step
     from cuqwen.launch import DeviceError
     from cuqwen.ops import qk_norm, qkv_rope, rmsnorm
     from cuqwen.rope import rope_table
+    from cuqwen.strict_json import CheckpointError
 
 _HOMES = {
     "load": "api",
     "Model": "api",
     "Step": "generate",
-    "CheckpointError": "config",
+    "CheckpointError": "strict_json",
     "DeviceError": "launch",
     "rmsnorm": "ops",
     "qkv_rope": "ops",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from cuqwen import hub, launch, memory, weights
+from cuqwen import driver, hub, launch, memory, thinking, weights
 from cuqwen.config import CheckpointError, Config, GenerationConfig
 from cuqwen.decode import why_portable
 from cuqwen.generate import Sequence as TokenSequence
@@ -18,6 +22,7 @@ from cuqwen.generate import Step, generate_steps
 from cuqwen.memory import MemoryPlan
 from cuqwen.model import Device, Progress, Qwen3
 from cuqwen.sampling import Sampling
+from cuqwen.startup import kernels
 from cuqwen.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
@@ -36,6 +41,7 @@ def load(
     progress: Progress | None = None,
     check_weights: bool = False,
     show_download: bool = False,
+    compile_progress: Progress | None = None,
 ) -> Model:
     """Load a Qwen3 or Qwen2.5 checkpoint.
 
@@ -43,16 +49,18 @@ def load(
     that comes with the package. revision: branch, tag or commit on the hub.
     device: "cuda", "cpu", or None for the GPU if there is one.
     dtype: what the CPU computes in, "float32" (default) or "float64"; the GPU computes in float32 from weights as stored.
-    kv_dtype: how keys and values are cached: "bfloat16" (the GPU's default), "float16", "float32" or, on the CPU, "float64";
-    the CPU's default is its `dtype`.
+    kv_dtype: how keys and values are cached: "bfloat16" (the GPU's default), "float16", "float32" (its default with `exact`)
+    or, on the CPU, "float64"; the CPU's default is its `dtype`.
     max_context: most tokens of prompt and answer together, at most the model's own (`config.context_length`). None: that, or
     as many as fit into the memory that is free. What is not used is not allocated: the cache grows with the texts.
-    exact: on a GPU, read prompts with float32 activations, as single tokens always are. Without it, prompts of more than
-    four tokens hand activations from operation to operation in bf16 (the residual stream, sums, norms and softmax are
-    float32 in any case), which is what most of the speed of tensor cores rests on: with it products take three times the
-    arithmetic. The CPU is always exact.
+    exact: on a GPU, round nothing to bf16: read prompts with float32 activations, as single tokens always are, and keep the
+    cache in float32 unless `kv_dtype` says otherwise. Without it, prompts of more than four tokens hand activations from
+    operation to operation in bf16 (the residual stream, sums, norms and softmax are float32 in any case), which is what most
+    of the speed of tensor cores rests on: with it products take three times the arithmetic, attention six times, and the
+    cache twice the memory. The CPU is always exact.
     progress: called with (bytes read, bytes in all) while weights are read. show_download: the hub's own bars on stderr.
-    check_weights: read all weights once more and refuse NaN and infinity.
+    compile_progress: called with (kernels compiled, kernels in all) when weights are read and the first start on a machine
+    still compiles. check_weights: read all weights once more and refuse NaN and infinity.
 
     What the model needs is compared with what is free before anything is loaded: `memory_plan` of the result.
 
@@ -61,31 +69,48 @@ def load(
     """
     if not isinstance(exact, bool):
         raise TypeError(f"load: exact: wanted True or False, got {type(exact).__name__}")
-    place = _choose_device(device, dtype)
-    kv = _choose_kv_dtype(kv_dtype, place)
-    folder = hub.resolve(model, revision=revision, progress=show_download)
-    config = Config.from_folder(folder)
-    _check_context(max_context, config)
-    generation = GenerationConfig.from_folder(folder, config)
-    tokenizer = Tokenizer.from_folder(folder, config)
-    if place.name == "cuda" and (config.head_dim % 8 or config.head_dim > 256):
-        raise CheckpointError(
-            f'{folder}: head_dim: wanted a multiple of 8 up to 256 on the GPU, got {config.head_dim}; use device="cpu"'
-        )
-    plan = memory.plan(folder, config, place, kv, max_context, exact=exact)
-    if check_weights:
-        weights.check_finite(folder, config)
-    try:
-        arrays = weights.read(folder, config, place.place_weight, progress=progress)
-        network = Qwen3(config, arrays, place, kv, exact=exact, chunk=plan.chunk)
+    wants_gpu = device in (None, "cuda") and dtype != "float64"
+    with ThreadPoolExecutor(2, "cuqwen-load") as beside:  # what takes long and needs nothing else
+        if wants_gpu and "cupy" not in sys.modules:  # with CuPy another GPU than the first may have been chosen
+            driver.wake()
+        # imports CuPy, in a thread because an interrupt would break the import
+        cupy_is_there = beside.submit(launch.has_gpu if wants_gpu else bool)
+        if not hub.is_local(model):
+            cupy_is_there.result()
+            _choose_device(device, dtype)  # nothing is downloaded for a device that is not there
+        folder = hub.resolve(model, revision=revision, progress=show_download)
+        config = Config.from_folder(folder)
+        read_tokenizer = beside.submit(Tokenizer.from_folder, folder, config)
+        cupy_is_there.result()
+        place = _choose_device(device, dtype)
+        kv = _choose_kv_dtype(kv_dtype, place, exact)
+        _check_context(max_context, config)
+        generation = GenerationConfig.from_folder(folder, config)
+        if place.name == "cuda" and (config.head_dim % 8 or config.head_dim > 256):
+            raise CheckpointError(
+                f'{folder}: head_dim: wanted a multiple of 8 up to 256 on the GPU, got {config.head_dim}; use device="cpu"'
+            )
+        tokenizer = read_tokenizer.result()
+        plan = memory.plan(folder, config, place, kv, max_context, exact=exact)
+        if check_weights:
+            weights.check_finite(folder, config)
+        compiling: AbstractContextManager[None] = nullcontext()
         if place.name == "cuda":
-            launch.release_staging()
-    except Exception as error:
-        if launch.is_out_of_memory(error):
-            raise MemoryError(
-                f"{folder}: the weights do not fit into memory{_free(place)}; use a smaller model"
-            ) from None
-        raise
+            compiling = launch.compiling(kernels(folder, config, place, kv, plan, exact=exact), compile_progress)
+        try:
+            with compiling:
+                arrays = weights.read(
+                    folder, config, place.place_weight, reserve=place.reserve_weight, progress=progress
+                )
+                network = Qwen3(config, arrays, place, kv, exact=exact, chunk=plan.chunk)
+                if place.name == "cuda":
+                    launch.release_staging()
+        except Exception as error:
+            if launch.is_out_of_memory(error):
+                raise MemoryError(
+                    f"{folder}: the weights do not fit into memory{_free(place)}; use a smaller model"
+                ) from None
+            raise
     return Model(folder, network, tokenizer, generation, plan)
 
 
@@ -156,7 +181,7 @@ class Model:
         network, prompt = self.network, self._check_ids(ids, "logits: ids")
         if len(prompt) > self.max_context:
             raise ValueError(f"logits: ids: wanted at most the context of {self.max_context} tokens, got {len(prompt)}")
-        with self._memory_errors(len(prompt)):
+        with self._memory_errors(len(prompt), logits=len(prompt)):
             return network.read(prompt, network.new_cache(len(prompt)), every_row=True)
 
     def stream(
@@ -174,6 +199,7 @@ class Model:
         seed: int | None = None,
         stop: str | Iterable[str] = (),
         enable_thinking: bool | None = None,
+        thinking_budget: int | None = None,
         tools: list[dict[str, Any]] | None = None,
         logprobs: int = 0,
         progress: Progress | None = None,
@@ -189,6 +215,10 @@ class Model:
         seed: the same seed gives the same tokens, but for near ties, which roundings decide: on the GPU they depend on how
         much of the prompt was in the cache and on the cache's size.
         stop: strings that end the answer; they are not part of the text.
+        thinking_budget: most tokens of a thinking block. An answer that is still thinking then is continued with the sentence
+        that Qwen published for this and the end of the block, whose tokens are steps as well. What follows it draws numbers of
+        its own from the seed, and its presence and frequency penalties count anew. Nothing happens where max_tokens leaves no
+        room for that sentence and a token.
         logprobs: how many of the most likely tokens `step.top_logprobs` names, and with it `step.logprob`; 0 leaves both None.
         Each step then waits for its logits on the host, which costs some milliseconds a token on a GPU.
         progress: called with (tokens of the prompt that are read, tokens in all) while a prompt is read, some thousand at a
@@ -214,6 +244,13 @@ class Model:
                 f"stream: prompt of {len(ids)} tokens and max_tokens {max_tokens}: wanted at most {self.max_context} "
                 f"together, the context, got {len(ids) + max_tokens}; {remedy}"
             )
+        if thinking_budget is not None:
+            if isinstance(thinking_budget, bool) or not isinstance(thinking_budget, (int, np.integer)):
+                raise TypeError(f"stream: thinking_budget: wanted an int or None, got {type(thinking_budget).__name__}")
+            if thinking_budget < 1:
+                raise ValueError(
+                    f"stream: thinking_budget: wanted at least 1, got {thinking_budget}; enable_thinking=False allows none"
+                )
         if isinstance(logprobs, bool) or not isinstance(logprobs, (int, np.integer)):
             raise TypeError(f"stream: logprobs: wanted an int, got {type(logprobs).__name__}")
         if not 0 <= logprobs <= self.tokenizer.n_ids:
@@ -228,7 +265,15 @@ class Model:
                 raise TypeError(f"stream: stop: wanted strings, got {type(string).__name__}")
             if not string:
                 raise ValueError("stream: stop: wanted non-empty strings, got an empty one")
-        return self._run(ids, sampling, int(max_tokens), stops, int(logprobs), progress)
+        rest = stops, int(logprobs)
+        if thinking_budget is None:
+            return self._run(ids.tolist(), int(max_tokens), sampling, *rest, progress)
+        other = None if sampling.seed is None else (sampling.seed + 2**63) % 2**64  # no number is drawn twice
+        first, second = (
+            lambda ids, count, rules=rules, progress=progress: self._run(ids, count, rules, *rest, progress)
+            for rules, progress in ((sampling, progress), (replace(sampling, seed=other), None))
+        )
+        return thinking.bounded(first, second, self.tokenizer, ids.tolist(), int(max_tokens), int(thinking_budget))
 
     def generate(self, prompt: Prompt, **arguments: Any) -> str:
         """The whole text that `stream` would yield; the same arguments."""
@@ -236,14 +281,14 @@ class Model:
 
     def _run(
         self,
-        ids: np.ndarray,
-        sampling: Sampling,
+        prompt: list[int],
         max_tokens: int,
+        sampling: Sampling,
         stops: tuple[str, ...],
         logprobs: int,
         progress: Progress | None,
-    ) -> Iterator[Step]:
-        network, prompt = self.network, ids.tolist()
+    ) -> Generator[Step, None, None]:
+        network = self.network
         sequence = self._kept.pop() if self._kept else TokenSequence(network, self.max_context)
         try:
             with self._memory_errors(len(prompt) + max_tokens):
@@ -300,11 +345,14 @@ class Model:
             given[key] = recommended if given[key] is None else given[key]
         return Sampling(temperature=temperature, **{key: value for key, value in given.items() if value is not None})
 
-    def _memory_errors(self, tokens: int) -> _MemoryErrors:
-        need = tokens * self.memory_plan.bytes_per_token
-        return _MemoryErrors(
-            f"{tokens} tokens need {need / 1e9:.2f} GB of cache and some workspace", self.network.device
-        )
+    def _memory_errors(self, tokens: int, logits: int = 0) -> _MemoryErrors:
+        """For work with so many tokens in the cache, whose result is so many rows of logits."""
+        network, vocabulary = self.network, self.config.vocab_size
+        need = f"{tokens} tokens need {tokens * self.memory_plan.bytes_per_token / 1e9:.2f} GB of cache"
+        if logits:
+            size = logits * vocabulary * network.device.dtype.itemsize / 1e9
+            need += f", {size:.2f} GB for their logits [{logits}, {vocabulary}]"
+        return _MemoryErrors(f"{need} and some workspace", network.device)
 
 
 class _MemoryErrors:
@@ -341,9 +389,9 @@ def _choose_device(device: str | None, dtype: str | None) -> Device:
     return Device.cuda()
 
 
-def _choose_kv_dtype(kv_dtype: str | None, device: Device) -> Any:
+def _choose_kv_dtype(kv_dtype: str | None, device: Device, exact: bool) -> Any:
     if kv_dtype is None:
-        return device.dtype if device.name == "cpu" else np.dtype(ml_dtypes.bfloat16)
+        return device.dtype if device.name == "cpu" or exact else np.dtype(ml_dtypes.bfloat16)
     allowed = [name for name in KV_DTYPES if name != "float64" or device.name == "cpu"]
     if kv_dtype not in allowed:
         raise ValueError(f"load: kv_dtype: wanted {' or '.join(allowed)}, got {kv_dtype!r}")

@@ -124,24 +124,21 @@ def _prompts(network: Qwen3, cache: KVCache, ids: np.ndarray) -> Iterator[float]
 def answers(
     network: Qwen3, cache: KVCache, n_ids: int, case: Case, repetitions: int
 ) -> tuple[Decoder, Iterator[float]]:
-    """What makes the steps, and the seconds that all of an answer take, as `generate` makes them: a GPU is one step ahead of
-    the host, which reads each token. The first answer is short, and there are at most `repetitions` more."""
+    """What makes the steps, and the seconds that all of an answer take, as `generate` makes them: a GPU goes on while the
+    host reads each token. The first answer is short, and there are at most `repetitions` more."""
     sampling, depth = SAMPLED if case.choice == "sampled" else Sampling(), cache.length
-    choice = Choice(network, sampling, [0], n_ids, case.n_gen * (repetitions + 1) + 1)
+    choice = Choice(network, sampling, [0], n_ids, (case.n_gen + 1) * (repetitions + 1) + WARM_UP)
     decoder = Decoder(network, cache, choice)
-    choice.first(network.read(np.zeros(1, np.int32), cache), decoder.ids)
+    logits = network.read(np.zeros(1, np.int32), cache)
 
     def seconds(tokens: int) -> float:
         cache.length = depth
         wait(decoder.ids)
-        start = time.perf_counter()
-        logits, read = decoder.step(decoder.ids), launch.read_later(decoder.state)
-        for _ in range(tokens - 1):
-            before, logits = read, decoder.step(decoder.ids)
-            read = launch.read_later(decoder.state)
-            choice.check(before(), logits)
-        choice.check(read(), logits)
-        return time.perf_counter() - start
+        with contextlib.closing(decoder.answer(logits, tokens + 1)) as answer:
+            start = time.perf_counter()
+            for _ in answer:  # the first is chosen by logits that are there
+                pass
+            return time.perf_counter() - start
 
     def runs() -> Iterator[float]:
         yield seconds(max(2, min(case.n_gen, WARM_UP)))  # the second one is recorded

@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cuqwen import __version__
 
@@ -32,12 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_missing_streams()
     try:
         arguments = sys.argv[1:] if argv is None else list(argv)
-        options, unknown = _parser(arguments).parse_known_args(arguments)
+        parser = _parser(arguments)
+        wanted = f"wanted a command: {', '.join(COMMANDS)}"
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+            parser.error(f"{wanted}; got {arguments[0]!r}")
+        options, unknown = parser.parse_known_args(arguments)
+        if "run" not in options:
+            parser.error(wanted)
         if unknown:
-            remedy = (
-                "--help lists the options" if unknown[0].startswith("-") else "put a text of several words in quotes"
-            )
-            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}; {remedy}")
+            remedy = "" if unknown[0].startswith("-") else "; put a text of several words in quotes"
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{remedy}")
         status = options.run(options, options.parser)
         sys.stdout.flush()
         return status or 0
@@ -54,17 +59,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong, and where help is, in a line each. argparse would print the usage of all options before."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help tells what it takes\n")
+
+
+def _parser(arguments: Sequence[str]) -> Parser:
     """Knows all commands, but the arguments only of those that are named: the module of another is not imported."""
-    parser = argparse.ArgumentParser(prog="cuqwen", description="Qwen3 on one NVIDIA GPU, without PyTorch.")
+    command = "COMMAND [OPTION ...]"
+    parser = Parser(prog="cuqwen", usage=f"cuqwen {command}", description="Qwen3 on one NVIDIA GPU, without PyTorch.")
     parser.add_argument("--version", action="version", version=f"cuqwen {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    # a metavar of this width leaves room for the longest name beside what it does
+    commands = parser.add_subparsers(title="commands", metavar=command, prog="cuqwen")
     for name, (home, purpose) in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, description=purpose)
+        added = commands.add_parser(name, help=purpose, description=purpose)
         if name in arguments:
             module = importlib.import_module(home)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run, parser=command)
+            module.add_arguments(added)
+            added.set_defaults(run=module.run, parser=added)
     return parser
 
 

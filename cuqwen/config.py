@@ -22,20 +22,16 @@ import json
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from cuqwen.strict_json import DAMAGED, LARGEST_SIZE, PLAIN, CheckpointError, Keys, read_json, short
+from cuqwen.yarn import Yarn, read_rope
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_LARGEST_SIZE = 2**31 - 1  # sizes are 32-bit integers in the kernels
 _MOST_LAYERS = 10_000  # 64 is the most published; a bound keeps a broken file from asking for 1e12 tensor names
-_PLAIN = "Use a plain dense Qwen3 or Qwen2/Qwen2.5 checkpoint"
 _UNQUANTISED = "Use the unquantised checkpoint (bfloat16, float16 or float32)"
-_DAMAGED = "Download the checkpoint again, or correct this key"
-
-
-class CheckpointError(ValueError):
-    """Something is wrong with a checkpoint's files. One line: what and where, wanted, got, what to do next."""
 
 
 # key -> (values which mean nothing special, what would work). See rule 3 above.
@@ -43,32 +39,19 @@ _MARKS: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_config": ((None, {}), _UNQUANTISED),
     "quantization": ((None, {}), _UNQUANTISED),  # mlx-lm's spelling
     "compression_config": ((None, {}), _UNQUANTISED),
-    "num_experts": ((None, 0), _PLAIN),
-    "num_local_experts": ((None, 0), _PLAIN),
-    "num_experts_per_tok": ((None, 0), _PLAIN),
-    "moe_intermediate_size": ((None, 0), _PLAIN),
-    "partial_rotary_factor": ((None, 1, 1.0), _PLAIN),
-    "use_mrope": ((None, False), _PLAIN),
-    "is_causal": ((None, True), _PLAIN),  # transformers' attention masks do read this one
-    "per_layer_config": ((None, {}), _PLAIN),
-    "pruned_heads": ((None, {}), _PLAIN),
-    "is_encoder_decoder": ((None, False), _PLAIN),
-    "add_cross_attention": ((None, False), _PLAIN),
-    "auto_map": ((None, {}), "Its mathematics is code of its own. " + _PLAIN),
+    "num_experts": ((None, 0), PLAIN),
+    "num_local_experts": ((None, 0), PLAIN),
+    "num_experts_per_tok": ((None, 0), PLAIN),
+    "moe_intermediate_size": ((None, 0), PLAIN),
+    "partial_rotary_factor": ((None, 1, 1.0), PLAIN),
+    "use_mrope": ((None, False), PLAIN),
+    "is_causal": ((None, True), PLAIN),  # transformers' attention masks do read this one
+    "per_layer_config": ((None, {}), PLAIN),
+    "pruned_heads": ((None, {}), PLAIN),
+    "is_encoder_decoder": ((None, False), PLAIN),
+    "add_cross_attention": ((None, False), PLAIN),
+    "auto_map": ((None, {}), "Its mathematics is code of its own. " + PLAIN),
 }
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """Rotary angles stretched over a longer context, by the parameters of `rope_type` "yarn" (Peng et al., arXiv 2309.00071).
-    `rope_table` says what they do."""
-
-    factor: float  # >= 1
-    original_max_position_embeddings: int  # the context that the model was trained with
-    attention_factor: float  # of cosines and sines
-    beta_fast: float  # pairs that turn more often than this over the original context keep their angles
-    beta_slow: float  # those that turn less often are stretched by all of `factor`
-    truncate: bool  # whether the bounds between them are whole pairs
 
 
 @dataclass(frozen=True)
@@ -127,23 +110,23 @@ class Config:
     @classmethod
     def from_dict(cls, d: dict[str, Any], where: str) -> "Config":
         """Checks the parsed config.json `d`; `where` is its path, for messages. Raises CheckpointError."""
-        keys = _Keys(d, where)
-        model_type = keys.choice("model_type", ("qwen3", "qwen2"), _PLAIN)
+        keys = Keys(d, where)
+        model_type = keys.choice("model_type", ("qwen3", "qwen2"), PLAIN)
         for key, (harmless, remedy) in _MARKS.items():
             if key in d and not any(_same(d[key], value) for value in harmless):
                 wanted = "no such key, " + " or ".join(json.dumps(value) for value in harmless)
                 keys.fail(key, wanted, d[key], f"This is not computed here. {remedy}")
-        keys.choice("hidden_act", ("silu",), _PLAIN)
+        keys.choice("hidden_act", ("silu",), PLAIN)
         if model_type == "qwen3" and keys.boolean("attention_bias"):  # the qwen2 class has no such field
-            keys.fail("attention_bias", "false (Qwen3's projections have no bias)", True, _PLAIN)
+            keys.fail("attention_bias", "false (Qwen3's projections have no bias)", True, PLAIN)
         layers = keys.integer("num_hidden_layers", at_most=_MOST_LAYERS)
         _refuse_sliding_window(keys, layers)
         hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
         kv_heads = keys.integer("num_key_value_heads")
         if heads % kv_heads:
-            keys.fail("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads, _DAMAGED)
+            keys.fail("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads, DAMAGED)
         vocab_size = keys.integer("vocab_size")
-        rope_theta, rope_scaling = _read_rope(keys)
+        rope_theta, rope_scaling = read_rope(keys)
         return cls(
             model_type=model_type,
             hidden_size=hidden,
@@ -187,17 +170,17 @@ class GenerationConfig:
         Raises CheckpointError, naming file and key, for broken JSON, wrong types and values out of range.
         """
         path = Path(folder) / "generation_config.json"
-        keys = _Keys(read_json(path) if path.exists() else {}, str(path))
+        keys = Keys(read_json(path) if path.exists() else {}, str(path))
         has_end = keys.values.get("eos_token_id") is not None
         return cls(
             eos_token_id=keys.token_ids("eos_token_id", config.vocab_size) if has_end else config.eos_token_id,
             # transformers' class default is false, and it leaves the key out when saving that
             do_sample=keys.values.get("do_sample") is not None and keys.boolean("do_sample"),
-            temperature=keys.sampling_value("temperature"),
-            top_k=keys.sampling_value("top_k"),
-            top_p=keys.sampling_value("top_p"),
-            min_p=keys.sampling_value("min_p"),
-            repetition_penalty=keys.sampling_value("repetition_penalty"),
+            temperature=_sampling_value(keys, "temperature"),
+            top_k=_sampling_value(keys, "top_k"),
+            top_p=_sampling_value(keys, "top_p"),
+            min_p=_sampling_value(keys, "min_p"),
+            repetition_penalty=_sampling_value(keys, "repetition_penalty"),
         )
 
 
@@ -205,7 +188,7 @@ class GenerationConfig:
 # top_p = 0 is refused, since peers disagree on it: some keep one token, some keep all.
 SAMPLING_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("a number >= 0 (0 takes the most likely token)", lambda x: x >= 0),
-    "top_k": ("an integer >= 0 (0 keeps all tokens)", lambda x: 0 <= x <= _LARGEST_SIZE),
+    "top_k": ("an integer >= 0 (0 keeps all tokens)", lambda x: 0 <= x <= LARGEST_SIZE),
     "top_p": ("a number > 0 and <= 1 (1 keeps all tokens)", lambda x: 0 < x <= 1),
     "min_p": ("a number >= 0 and <= 1 (0 keeps all tokens)", lambda x: 0 <= x <= 1),
     "repetition_penalty": ("a number > 0 (1 changes nothing)", lambda x: x > 0),
@@ -224,29 +207,14 @@ def check_sampling_value(name: str, value: Any) -> Any:
     whole = name in ("top_k", "seed")
     kind: Any = numbers.Integral if whole else numbers.Real  # NumPy's scalars count, its bool does not
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{name}: wanted {wanted}, got {_short(value)} of type {type(value).__name__}")
+        raise TypeError(f"{name}: wanted {wanted}, got {short(value)} of type {type(value).__name__}")
     try:
         result = int(value) if whole else float(value)
     except OverflowError:  # an integer beyond float64
         result = math.inf
     if not abs(result) < math.inf or not in_range(result):  # the first is true for NaN
-        raise ValueError(f"{name}: wanted {wanted}, got {_short(value)}")
+        raise ValueError(f"{name}: wanted {wanted}, got {short(value)}")
     return result
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`. Raises CheckpointError if it cannot be read, parsed, or is no object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Check the file and its permissions"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: broken JSON ({error}). Download this file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: wanted a JSON object, got {_short(value)}. Download this file again")
-    return value
 
 
 def describe_folder(folder: Path) -> str:
@@ -269,66 +237,15 @@ def describe_folder(folder: Path) -> str:
     return f"; {got}. Wanted a checkpoint as the hub serves it: config.json, tokenizer.json and *.safetensors"
 
 
-class _Keys:
-    """Typed reading of a parsed JSON object; each failure names the file and the key."""
-
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-
-    def fail(self, key: str, wanted: str, value: Any, remedy: str = _DAMAGED) -> NoReturn:
-        raise CheckpointError(f"{self.where}: {key}: wanted {wanted}, got {_short(value)}. {remedy}")
-
-    def required(self, key: str, wanted: str) -> Any:
-        if self.values.get(key) is None:
-            state = "null" if key in self.values else "no such key"
-            raise CheckpointError(f"{self.where}: {key}: wanted {wanted}, got {state}. {_DAMAGED}; it is not guessed")
-        return self.values[key]
-
-    def integer(self, key: str, at_most: int = _LARGEST_SIZE) -> int:
-        wanted = f"an integer from 1 to {at_most}"
-        value = self.required(key, wanted)
-        if type(value) is not int or not 1 <= value <= at_most:
-            self.fail(key, wanted, value)
-        return value
-
-    def positive(self, key: str) -> float:
-        wanted = "a finite number > 0"
-        value = self.required(key, wanted)
-        if type(value) not in (int, float) or not 0 < value < 1e38:  # fits float32; false for NaN
-            self.fail(key, wanted, value)
-        return float(value)
-
-    def boolean(self, key: str) -> bool:
-        value = self.required(key, "true or false")
-        if type(value) is not bool:
-            self.fail(key, "true or false", value)
-        return value
-
-    def choice(self, key: str, choices: tuple[str, ...], remedy: str) -> str:
-        wanted = " or ".join(json.dumps(name) for name in choices)
-        value = self.required(key, wanted)
-        if value not in choices:
-            self.fail(key, wanted, value, f"This is not computed here. {remedy}")
-        return value
-
-    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        """One id, a list of ids, or nothing: null and absent both mean none."""
-        value = self.values.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(token) is not int or not 0 <= token < vocab_size for token in ids):
-            self.fail(key, f"an id or a list of ids, each from 0 to vocab_size - 1 = {vocab_size - 1}", value)
-        return tuple(ids)
-
-    def sampling_value(self, key: str) -> Any:
-        value = self.values.get(key)
-        try:
-            return None if value is None else check_sampling_value(key, value)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.where}: {error}. Correct this key, or remove it") from error
+def _sampling_value(keys: Keys, key: str) -> Any:
+    value = keys.values.get(key)
+    try:
+        return None if value is None else check_sampling_value(key, value)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{keys.where}: {error}. Correct this key, or remove it") from error
 
 
-def _read_head_dim(keys: _Keys, model_type: str, hidden: int, heads: int) -> int:
+def _read_head_dim(keys: Keys, model_type: str, hidden: int, heads: int) -> int:
     if model_type == "qwen2" and keys.values.get("head_dim") is None:
         if hidden % heads:
             keys.fail("num_attention_heads", f"a divisor of hidden_size = {hidden}, as head_dim is not given", heads)
@@ -340,7 +257,7 @@ def _read_head_dim(keys: _Keys, model_type: str, hidden: int, heads: int) -> int
     return head_dim
 
 
-def _read_dtype(keys: _Keys) -> str:
+def _read_dtype(keys: Keys) -> str:
     given = {key: keys.values[key] for key in ("dtype", "torch_dtype") if keys.values.get(key) is not None}
     for key in given:
         keys.choice(key, _DTYPES, _UNQUANTISED)
@@ -349,87 +266,7 @@ def _read_dtype(keys: _Keys) -> str:
     return next(iter(given.values()), "float32")
 
 
-def _read_rope(keys: _Keys) -> tuple[float, Yarn | None]:
-    """rope_theta, from the top level, from rope_parameters (transformers 5), or both if they agree; and the scaling."""
-    found: dict[str, float] = {}
-    scalings: dict[str, Yarn | None] = {}
-    if keys.values.get("rope_theta") is not None:
-        found["rope_theta"] = keys.positive("rope_theta")
-    for name in ("rope_parameters", "rope_scaling"):
-        inner = keys.values.get(name)
-        if inner is None:
-            continue
-        if not isinstance(inner, dict):
-            keys.fail(name, "an object or null", inner)
-        nested = _Keys({f"{name}.{key}": value for key, value in inner.items()}, keys.where)
-        if nested.values.get(f"{name}.rope_theta") is not None:
-            found[f"{name}.rope_theta"] = nested.positive(f"{name}.rope_theta")
-        scalings[name] = _read_rope_scaling(nested, name)
-    if not found:
-        keys.required("rope_theta", "a finite number > 0, here or in rope_parameters")
-    for name, theta in found.items():
-        if theta != next(iter(found.values())):
-            keys.fail(name, f"the same as {next(iter(found))} = {next(iter(found.values()))}", theta)
-    if scalings.get("rope_scaling") is not None and scalings.get("rope_parameters", True) is None:
-        del scalings["rope_parameters"]  # as in transformers: rope_scaling switches on what rope_parameters leaves out
-    if len(set(scalings.values())) > 1:
-        keys.fail("rope_scaling", "what rope_parameters says", keys.values["rope_scaling"])
-    theta, scaling = next(iter(found.values())), next(iter(scalings.values()), None)
-    if scaling is not None and theta <= 1:
-        keys.fail("rope_theta", "a number > 1 for YaRN", theta)
-    return theta, scaling
-
-
-def _read_rope_scaling(nested: _Keys, name: str) -> Yarn | None:
-    """What the object `name` says beyond rope_theta. transformers takes the kind for "default" where none is named."""
-    kinds = [key for key in (f"{name}.rope_type", f"{name}.type") if key in nested.values]
-    for key in kinds:
-        nested.choice(key, ("default", "yarn"), "Remove the scaling to run within the original context length")
-        if nested.values[key] != nested.values[kinds[0]]:
-            nested.fail(key, f"the same as {kinds[0]} = {nested.values[kinds[0]]!r}", nested.values[key])
-    is_yarn = bool(kinds) and nested.values[kinds[0]] == "yarn"
-    known = {"rope_type", "type", "rope_theta"}
-    if is_yarn:
-        known |= {field.name for field in fields(Yarn)} | {"mscale", "mscale_all_dim"}
-    for key, value in nested.values.items():
-        whole = key.endswith(".partial_rotary_factor") and value == 1
-        if key.removeprefix(f"{name}.") not in known and value is not None and not whole:
-            kind = "YaRN" if is_yarn else "plain RoPE"
-            nested.fail(key, f"no such key: {kind} has {', '.join(sorted(known - {'type'}))} only", value, _PLAIN)
-    if not is_yarn:
-        return None
-
-    def number(key: str) -> float | None:
-        full = f"{name}.{key}"
-        return None if nested.values.get(full) is None else nested.positive(full)
-
-    factor = nested.positive(f"{name}.factor")
-    if factor < 1:
-        nested.fail(f"{name}.factor", "a number from 1", factor)
-    attention_factor, mscale, mscale_all_dim = number("attention_factor"), number("mscale"), number("mscale_all_dim")
-    if attention_factor is None:  # the paper's; the ratio is DeepSeek's, which transformers computes for all
-        attention_factor = _growth(factor, 1.0)
-        if mscale is not None and mscale_all_dim is not None:
-            attention_factor = _growth(factor, mscale) / _growth(factor, mscale_all_dim)
-    beta_fast, beta_slow = number("beta_fast") or 32.0, number("beta_slow") or 1.0
-    if beta_fast < beta_slow:
-        nested.fail(f"{name}.beta_fast", f"at least beta_slow = {beta_slow}", beta_fast)
-    return Yarn(
-        factor=factor,
-        original_max_position_embeddings=nested.integer(f"{name}.original_max_position_embeddings"),
-        attention_factor=attention_factor,
-        beta_fast=beta_fast,
-        beta_slow=beta_slow,
-        truncate=f"{name}.truncate" not in nested.values or nested.boolean(f"{name}.truncate"),
-    )
-
-
-def _growth(factor: float, scale: float) -> float:
-    """By what YaRN multiplies the length of queries and keys when the context is `factor` times as long."""
-    return 0.1 * scale * math.log(factor) + 1.0
-
-
-def _refuse_sliding_window(keys: _Keys, layers: int) -> None:
+def _refuse_sliding_window(keys: Keys, layers: int) -> None:
     """A window is in use from layer max_window_layers on, where use_sliding_window is true and a window is given."""
     remedy = "Sliding-window attention is not computed here. Use a checkpoint with full attention in every layer"
     if keys.boolean("use_sliding_window") and keys.values.get("sliding_window") is not None:
@@ -443,9 +280,9 @@ def _refuse_sliding_window(keys: _Keys, layers: int) -> None:
     if types is None:
         return
     if not isinstance(types, list) or len(types) != layers:
-        got = f"a list of {len(types)}" if isinstance(types, list) else _short(types)
+        got = f"a list of {len(types)}" if isinstance(types, list) else short(types)
         wanted = f"a list of num_hidden_layers = {layers} names"
-        raise CheckpointError(f"{keys.where}: layer_types: wanted {wanted}, got {got}. {_DAMAGED}")
+        raise CheckpointError(f"{keys.where}: layer_types: wanted {wanted}, got {got}. {DAMAGED}")
     for i, name in enumerate(types):
         if name != "full_attention":
             keys.fail(f"layer_types[{i}]", '"full_attention"', name, remedy)
@@ -453,18 +290,6 @@ def _refuse_sliding_window(keys: _Keys, layers: int) -> None:
 
 def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b  # so that 1 is not true and 0 is not false
-
-
-def _short(value: Any) -> str:
-    """`value` as JSON would show it, or in Python's form where JSON has none, on one line and cut to 100 characters."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        try:
-            text = " ".join(repr(value).split())
-        except (ValueError, RecursionError):  # an integer with thousands of digits
-            text = f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _listed(names: list[str], most: int = 5) -> str:

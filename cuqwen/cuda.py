@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cuqwen import launch
+from cuqwen import launch, tiles
 
 Array = Any
 
-STORAGE = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", np.dtype(ml_dtypes.bfloat16): "bf16"}
+F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+STORAGE = {F32: "f32", np.dtype(np.float16): "f16", BF16: "bf16"}
 MAX_HEAD_DIM = 256
-F32 = np.dtype(np.float32)
 # Up to this many rows a warp computes dot products and streams the weights once; beyond it a block computes a tile.
 FEW_ROWS = 4
 
@@ -39,9 +39,11 @@ def variants() -> Iterator[tuple[str, launch.Defines]]:
         yield "rmsnorm", (("X_TYPE", x), ("W_TYPE", w), ("OUT_TYPE", o))
     for dim in (64, 128):
         yield from (("attention", (("KV_TYPE", t), ("HEAD_DIM", str(dim)))) for t in types)
-        for (q, rows), out in itertools.product((("f32", 64), ("bf16", 64), ("bf16", 128)), ("f32", "bf16")):
-            types_and_sizes = ("Q_TYPE", q), ("OUT_TYPE", out), ("HEAD_DIM", str(dim)), ("ROWS", str(rows))
-            yield "attention_mma", types_and_sizes
+        yield "attention_group", (("HEAD_DIM", str(dim)),)
+        kinds = ("f32", "f32", 64), ("f32", "bf16", 64), ("bf16", "bf16", 64), ("bf16", "bf16", 128)
+        for (q, kv, rows), out in itertools.product(kinds, ("f32", "bf16")):
+            storage = ("Q_TYPE", q), ("KV_TYPE", kv), ("OUT_TYPE", out)
+            yield "attention_mma", (*storage, ("HEAD_DIM", str(dim)), ("ROWS", str(rows)))
         for out, groups in itertools.product(("f32", "bf16"), "12"):
             yield "attention_wgmma", (("OUT_TYPE", out), ("HEAD_DIM", str(dim)), ("GROUPS", groups))
         for x, w, kv in itertools.product(("f32", "bf16"), types, types):
@@ -65,73 +67,13 @@ def _run(
     launch.load_function(file, entry, named)(grid, (block,), args, shared_bytes, dependent)
 
 
-class Tile(NamedTuple):
-    """A shape of kernels/mma.cuh or wgmma.cuh: outputs of a block, its threads, bytes of shared memory; what an SM of an H100
-    reaches with one block, and with as many as it holds, as parts of what it reaches with the best shape of mma.cuh
-    (kernels/LOG.md). With `box`, rows of weights that a copy brings, blocks come in pairs, one above the other, and stay for
-    all tiles."""
-
-    rows: int
-    columns: int
-    threads: int
-    shared_bytes: int
-    alone: float
-    together: float
-    box: int = 0
-
-
-def _tiles(x: Array, head: int = 0, wgmma: bool = False) -> dict[str, Tile]:
-    """The shapes for an x of this type, with whole heads of `head` elements; those of wgmma.cuh too if asked for."""
-
-    def tile(rows: int, columns: int, threads: int, depth: int, stages: int, alone: float, together: float) -> Tile:
-        shared_bytes = stages * depth * (rows * x.dtype.itemsize + columns * 2)
-        return Tile(rows, columns, threads, shared_bytes, alone, together)
-
-    def fed_tile(columns: int, stages: int, box: int, fastest: float, rest: int, alone: float = 1.0) -> Tile:
-        speed = fastest * x.shape[-1] / (x.shape[-1] + rest)  # `rest`: what begins and ends a tile, in elements of C
-        return Tile(128, columns, 384, stages * 128 * (128 + columns) + 256 + 8 * 2560, alone * speed, speed, box)
-
-    few = head or 32
-    few_stages = 6 if few == 32 else 4
-    if x.dtype == F32:
-        wide, middle = tile(128, 128, 256, 32, 3, 1.0, 1.0), tile(64, 128, 128, 32, 3, 1.2, 0.9)
-        return {"mma_wide": wide, "mma_middle": middle, "mma_few": tile(32, few, 128, 64, few_stages, 0.3, 0.4)}
-    middle = tile(64, 128, 128, 64, 4, 0.5, 0.75) if head == 128 else tile(64, 64, 128, 64, 6, 0.39, 0.6)
-    tiles = {
-        "mma_wide": tile(128, 128, 128, 64, 3, 0.75, 1.0),
-        "mma_middle": middle,
-        "mma_few": tile(32, few, 128, 64, few_stages, 0.15, 0.25),
-    }
-    if wgmma:
-        tiles["wgmma_wide"] = fed_tile(256, 4, 64 if head else 128, 2.17, 1050)
-        tiles["wgmma_turns"] = fed_tile(128, 6, 64, 1.73, 480, alone=0.9)
-        tiles["wgmma_middle"] = fed_tile(128, 6, 64, 1.70, 565)
-        if not head:
-            tiles["wgmma_few"] = fed_tile(64, 8, 32, 1.2, 600)
-    return tiles
-
-
-def _choose(tiles: dict[str, Tile], rows: int, columns: int) -> str:
-    """The shape with which the busiest of an H100's 132 SMs is done first. Up to 32 rows fetching the weights is all."""
-
-    def time(shape: str) -> float:
-        tile = tiles[shape]
-        busiest = _blocks(_tile_blocks(tile, rows, columns), 132)
-        return busiest * tile.rows * tile.columns / (tile.alone if busiest == 1 else tile.together)
-
-    return "mma_few" if rows <= 32 else min(tiles, key=time)
-
-
-def _tile_blocks(tile: Tile, rows: int, columns: int) -> int:
-    """How many tiles these outputs are, with those that make the last pair complete."""
-    pair = 2 if tile.box else 1
-    return pair * _blocks(rows, pair * tile.rows) * _blocks(columns, tile.columns)
-
-
 def _on_tensor_cores(x: Array, *weights: Array) -> bool:
     """Whether the kernels for tensor cores can compute this: bf16 weights, and rows that 16-byte copies can fetch."""
-    aligned = all(launch.address(array) % 16 == 0 for array in (x, *weights))
-    return STORAGE[weights[0].dtype] == "bf16" and x.shape[-1] % 8 == 0 and aligned
+    return STORAGE[weights[0].dtype] == "bf16" and x.shape[-1] % 8 == 0 and _aligned(x, *weights)
+
+
+def _aligned(*arrays: Array | None) -> bool:
+    return all(array is None or launch.address(array) % 16 == 0 for array in arrays)
 
 
 def _run_tiles(
@@ -141,21 +83,25 @@ def _run_tiles(
     others: tuple[Array | None, ...],
     columns: int,
     args: tuple[Array, ...],
+    first: int,
     head: int = 0,
 ) -> None:
     """Launches the best shape for matrices[0] [.., C] times the rows of the others, `columns` in all, which reads and
-    writes `others` too; the arguments name the matrices as arrays."""
+    writes `others` too; args[first:] begins with the matrices."""
     x = matrices[0]
-    words = columns % 16 == 0 and all(a is None or launch.address(a) % 16 == 0 for a in others)
-    rows, tiles = x.size // x.shape[-1], _tiles(x, head, x.dtype != F32 and words and launch.wgmma_processors() > 0)
-    shape = _choose(tiles, rows, columns)
-    tile = tiles[shape]
-    blocks = _tile_blocks(tile, rows, columns)
+    words = columns % 16 == 0 and _aligned(*others)
+    kind = x.dtype, x.shape[-1], head, x.dtype != F32 and words and launch.wgmma_processors() > 0
+    rows = x.size // x.shape[-1]
+    shape = tiles.choose(*kind, rows, columns)
+    tile = tiles.shapes(*kind)[shape]
+    blocks = tile.blocks(rows, columns)
     if tile.box:
         blocks = min(blocks, launch.wgmma_processors() // 2 * 2)
-        maps = {id(m): launch.tensor_map(m, tile.rows if m is x else tile.box) for m in matrices}
-        args = tuple(maps.get(id(arg), arg) for arg in args)
-    _run(file, f"{file}_{shape}", defines, (blocks,), tile.threads, args, tile.shared_bytes)
+        maps = (launch.tensor_map(m, tile.rows if m is x else tile.box) for m in matrices)
+        args = (*args[:first], *maps, *args[first + len(matrices) :])
+    # Of more rows the blocks take several turns, and those of the next launch begin to fetch while the last are at work
+    dependent = tile.box > 0 and rows <= tiles.OVERLAP_ROWS
+    _run(file, f"{file}_{shape}", defines, (blocks,), tile.threads, args, tile.shared_bytes, dependent)
 
 
 def _float32(vector: Array | None) -> Array | None:
@@ -213,7 +159,7 @@ def matmul(x: Array, weight: Array, *, residual: Array | None = None, out: Array
             grid = (_blocks(outputs * parts, 8 * columns),)
             _run("matmul", entry, types, grid, 256, (*args, np.int32(parts)), dependent=True)
         elif _on_tensor_cores(x, weight):
-            _run_tiles("matmul", types, (x, weight), (out, residual), outputs, args)
+            _run_tiles("matmul", types, (x, weight), (out, residual), outputs, args, 1)
         else:
             _run("matmul", "matmul_tile", types, (_blocks(outputs, 64), _blocks(rows, 64)), 256, args)
     return out
@@ -245,7 +191,7 @@ def swiglu(x: Array, gate_proj: Array, up_proj: Array, *, out: Array | None = No
     elif rows and outputs and _on_tensor_cores(x, gate_proj, up_proj):
         args = (out, x, gate_proj, up_proj, *map(np.int32, (rows, outputs, width)))
         types = {"X_TYPE": x, "W_TYPE": gate_proj, "OUT_TYPE": out}
-        _run_tiles("swiglu", types, (x, gate_proj, up_proj), (out,), 2 * outputs, args)
+        _run_tiles("swiglu", types, (x, gate_proj, up_proj), (out,), 2 * outputs, args, 1)
     elif rows:
         silu_mul(matmul(x, gate_proj), matmul(x, up_proj), out=out)
     return out
@@ -295,7 +241,7 @@ def qkv_rope(
             _run("qkv_rope", entry, types, (blocks, heads + 2 * kv_heads), 256, args, dependent=True)
         elif dim in (64, 128) and tokens > FEW_ROWS and _on_tensor_cores(x, q_proj, k_proj, v_proj):
             columns = (heads + 2 * kv_heads) * dim
-            _run_tiles("qkv_rope", types, (x, q_proj, k_proj, v_proj), (q, k, v, cos, sin), columns, args, dim)
+            _run_tiles("qkv_rope", types, (x, q_proj, k_proj, v_proj), (q, k, v, cos, sin), columns, args, 5, dim)
         else:
             _run("qkv_rope", "qkv_rope_tile", types, (_blocks(tokens, 32), heads + 2 * kv_heads), 2 * dim, args)
     return q, k, v, q_ms, k_ms
@@ -327,16 +273,19 @@ def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Ar
     tokens, heads, dim = q.shape
     rows, kv_heads, _ = keys.shape
     out = _allocate(out, q.shape)
-    if tokens > FEW_ROWS and dim in (64, 128) and _on_tensor_cores(q, keys, values, out):
+    fits = keys.dtype in (BF16, q.dtype) and q.dtype in (BF16, F32) and _aligned(q, keys, values, out)
+    if tokens > FEW_ROWS and dim in (64, 128) and fits:
         _attention_tiles(out, q, keys, values, positions)
-    elif out.dtype != F32 or q.dtype != F32 or launch.address(q) % 16:
+    elif out.dtype != F32 or q.dtype != F32 or not _aligned(q, out):
         out[...] = attention(q.astype(F32), keys, values, positions)
     elif tokens:
-        types = {"KV_TYPE": keys, "HEAD_DIM": str(dim)}
         group = heads // kv_heads
-        together = group if group <= 2 else 4
+        grouped = group > 2 and dim in (64, 128) and keys.dtype == BF16
+        together = 8 if grouped else group if group <= 2 else 4
         blocks = kv_heads * _blocks(group, together)
-        shares = _shares(tokens * blocks, rows, dim)
+        # On an H100's 132 SMs two blocks each, or one of those that fill it by themselves, with a tile of keys or four
+        most, keys_of_block = (132, 8192 // dim) if grouped else (264, 1024 >> (_blocks(dim, 8) - 1).bit_length())
+        shares = max(1, min(_blocks(rows, keys_of_block), most // (tokens * blocks), 64))
         scratch = (
             (
                 launch.empty((tokens, heads, shares, dim), F32),
@@ -347,9 +296,14 @@ def attention(q: Array, keys: Array, values: Array, positions: Array, *, out: Ar
             else (None, None, None)
         )
         sizes = map(np.int32, (heads, kv_heads, rows))
-        args = (out, q, keys, values, positions, *sizes, np.float32(dim**-0.5), *scratch)
+        args = (out, q, keys, values, positions, *sizes, np.float32(dim**-0.5 / np.log(2)), *scratch)
         grid = (tokens, blocks, shares)
-        _run("attention", f"attention_{together}", types, grid, 256, args, dependent=True)
+        if grouped:
+            types, shared_bytes = {"HEAD_DIM": str(dim)}, 64 * dim + (64 << 10)
+            _run("attention_group", "attention_group", types, grid, 256, args, shared_bytes, dependent=True)
+        else:
+            types = {"KV_TYPE": keys, "HEAD_DIM": str(dim)}
+            _run("attention", f"attention_{together}", types, grid, 256, args, dependent=True)
     return out
 
 
@@ -366,15 +320,10 @@ def _attention_tiles(out: Array, q: Array, keys: Array, values: Array, positions
         types = {"OUT_TYPE": out, "HEAD_DIM": str(dim), "GROUPS": str(rows // 64)}
         _run("attention_wgmma", "attention_wgmma", types, grid, 2 * rows + 128, args, 2 * dim * (rows + 4 * 128))
     else:
-        types = {"Q_TYPE": q, "OUT_TYPE": out, "HEAD_DIM": str(dim), "ROWS": str(rows)}
+        types = {"Q_TYPE": q, "KV_TYPE": keys, "OUT_TYPE": out, "HEAD_DIM": str(dim), "ROWS": str(rows)}
         parts, tile = (3, 32) if q.dtype == F32 else (1, 64)  # as the kernel has them
-        _run("attention_mma", "attention_mma", types, grid, 128, args, 2 * dim * (parts * rows + 4 * tile) + 16)
-
-
-def _shares(blocks: int, rows: int, dim: int) -> int:
-    """Blocks that share the keys of a head of a query: enough for two on each of an H100's 132 SMs, a tile or more each."""
-    tile = 1024 >> (_blocks(dim, 8) - 1).bit_length()
-    return max(1, min(_blocks(rows, tile), 264 // blocks, 64))
+        held = 6 if keys.dtype == F32 else 4  # tiles
+        _run("attention_mma", "attention_mma", types, grid, 128, args, 2 * dim * (parts * rows + held * tile) + 16)
 
 
 def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
@@ -400,6 +349,49 @@ def argmax(x: Array, *, out: Array | None = None) -> Array:
 SAMPLE_GROUPS, SAMPLE_IDS_PER_LANE, SAMPLE_THREADS, SAMPLE_SHARED_BYTES = 2048, 4, 256, 96 << 10
 
 
+class SamplingPlan(NamedTuple):
+    """How kernels/sample.cu chooses among `groups` groups of logits: its arguments from step to relative, and from shift on."""
+
+    groups: int
+    arrays: tuple[Array | None, ...]
+    numbers: tuple[np.generic, ...]
+
+    @classmethod
+    def of(
+        cls,
+        size: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        *,
+        uniforms: Array | None,
+        step: Array | None,
+        history: Array | None,
+    ) -> SamplingPlan:
+        """For `size` logits, with scratch memory of its own."""
+        per_lane = max(SAMPLE_IDS_PER_LANE, _blocks(size, 32 * SAMPLE_GROUPS))
+        shift = (32 * per_lane - 1).bit_length()
+        groups = _blocks(size, 1 << shift)
+        kept = top_k if 0 < top_k < size else 0
+        # two and a half segments or more for each token wanted: fewer let more tokens through, more take longer to compare
+        wanted = min(SAMPLE_GROUPS, max(64, _blocks(5 * kept, 2)))
+        segments = 1 << (wanted - 1).bit_length() if temperature > 0 and 0 < kept <= groups else 0
+        summed = temperature > 0 and not segments and (kept or top_p < 1 or min_p == 0)
+        tops = launch.empty((groups,), np.uint32) if segments else None
+        maxima = None if segments else launch.empty((groups,), np.uint64)
+        sums = launch.empty((groups,), np.float64) if summed else None
+        relative = launch.empty((size,), np.float64) if summed and top_p < 1 else None
+        inverse = min(1 / temperature, 1e308) if temperature > 0 else 0.0
+        reals = (temperature, inverse, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+        integers = (shift, segments, 0 if uniforms is None else len(uniforms), kept)
+        arrays = (step, history, tops, maxima, sums, relative)
+        return cls(groups, arrays, (*map(np.int32, integers), *map(np.float64, reals)))
+
+
 def sample(
     logits: Array,
     temperature: float = 0.0,
@@ -416,24 +408,9 @@ def sample(
     out: Array | None = None,
 ) -> Array:
     out = _allocate(out, (1,), np.int32)
-    size = len(logits)
-    per_lane = max(SAMPLE_IDS_PER_LANE, _blocks(size, 32 * SAMPLE_GROUPS))
-    shift = (32 * per_lane - 1).bit_length()
-    groups = _blocks(size, 1 << shift)
-    kept = top_k if 0 < top_k < size else 0
-    # two and a half segments or more for each token wanted: fewer let more tokens through, more take longer to compare
-    wanted = min(SAMPLE_GROUPS, max(64, _blocks(5 * kept, 2)))
-    segments = 1 << (wanted - 1).bit_length() if temperature > 0 and 0 < kept <= groups else 0
-    summed = temperature > 0 and not segments and (kept or top_p < 1 or min_p == 0)
-    tops = launch.empty((groups,), np.uint32) if segments else None
-    maxima = None if segments else launch.empty((groups,), np.uint64)
-    sums = launch.empty((groups,), np.float64) if summed else None
-    relative = launch.empty((size,), np.float64) if summed and top_p < 1 else None
-    inverse = min(1 / temperature, 1e308) if temperature > 0 else 0.0
-    reals = (temperature, inverse, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
-    sizes = (size, shift, segments, 0 if uniforms is None else len(uniforms), kept)
-    args = (out, step, history, tops, maxima, sums, relative, launch.workspace(), logits, uniforms)
-    args = (*args, *map(np.int32, sizes), *map(np.float64, reals))
-    grid = (_blocks(groups, SAMPLE_THREADS // 32),)
+    settings = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    plan = SamplingPlan.of(len(logits), *settings, uniforms=uniforms, step=step, history=history)
+    args = (out, *plan.arrays, launch.workspace(), logits, uniforms, np.int32(len(logits)), *plan.numbers)
+    grid = (_blocks(plan.groups, SAMPLE_THREADS // 32),)
     _run("sample", "sample", {}, grid, SAMPLE_THREADS, args, SAMPLE_SHARED_BYTES, dependent=True)
     return out

@@ -1,8 +1,8 @@
-"""One token in one launch: kernels/decode_step.cu, its tables and its place on the GPU. Hopper and later."""
+"""Whole steps in one launch: kernels/decode_step.cu, its tables and its place on the GPU. Hopper and later."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -28,29 +28,33 @@ SLOT_BYTES, SLOTS = 16 << 10, 13
 MAX_SPLITS = 16
 HOPPER_SHARED_BYTES = 227 << 10
 NO_CHOICE = -1  # in `ids`, where the logits leave no token
+LOST, ENDED = 1, 2  # in `state`: a block gave up waiting; nothing follows
+NOT_YET = -2  # in `tokens`
+MAX_ENDS = 32
+MAX_BLOCKS = 1024
 
 
 def variants() -> Iterator[tuple[str, launch.Defines]]:
-    """(file, -D constants) for the shapes of Qwen3-0.6B with either type of cache, standing for all.
+    """(file, -D constants) for the shapes of Qwen3-0.6B, standing for all.
 
     Some larger ones spill registers (8B 28 bytes, 4B 216, 14B 534, 32B 724), which their longer streams hide.
     """
-    for kv_dtype in (BF16, F32):
+    for kv_dtype, sampled in ((BF16, False), (F32, False), (BF16, True)):
         config = Config(
             model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
             num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,
             rope_theta=1e6, tie_word_embeddings=True, dtype="bfloat16", eos_token_id=(),
         )  # fmt: skip
-        yield "decode_step", defines(config, kv_dtype)
+        yield "decode_step", defines(config, kv_dtype, sampled)
 
 
-def defines(c: Config, kv_dtype: np.dtype) -> launch.Defines:
-    """The constants that the kernel is compiled with."""
+def defines(c: Config, kv_dtype: np.dtype, sampled: bool = False) -> launch.Defines:
+    """The constants that the kernel is compiled with. sampled: it chooses as `sample` does, not the arg-max."""
     sizes = {
         "LAYERS": c.num_hidden_layers, "HIDDEN": c.hidden_size, "HEADS": c.num_attention_heads,
         "KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim, "FFN": c.intermediate_size,
         "QK_NORM": int(c.has_qk_norm), "QKV_BIAS": int(c.has_qkv_bias), "UNIT_HEADS": _unit_heads(c),
-        "SLOTS": _slots(c),
+        "SLOTS": _slots(c), "SAMPLED": int(sampled),
     }  # fmt: skip
     types = {"W_TYPE": "bf16", "KV_TYPE": cuda.STORAGE[kv_dtype]}
     return (*((name, str(value)) for name, value in sizes.items()), *types.items())
@@ -71,8 +75,8 @@ def _slots(c: Config) -> int:
 def _own_bytes(c: Config) -> int:
     """Upper bound of the bytes of struct Shared but for the ring's barriers."""
     heads, dim = _unit_heads(c), c.head_dim
-    floats = 2 * 64 * 12 + 2 * WARPS + WARPS * 96 + dim * (heads + 3) + WARPS * heads * dim + 2 * heads * WARPS
-    return 4 * floats + 8 * c.num_hidden_layers * len(ARRAYS) + 8 * WARPS + 128
+    floats = 32 + 2 * 64 * 12 + 2 * WARPS + WARPS * 96 + dim * (heads + 3) + WARPS * heads * dim + 2 * heads * WARPS
+    return 4 * floats + 8 * c.num_hidden_layers * len(ARRAYS) + 16 * WARPS + 192
 
 
 def shared_bytes(c: Config) -> int:
@@ -93,54 +97,94 @@ def obstacle(model: Qwen3) -> str | None:
         return "it takes widths that are multiples of 64, heads of 64 or 128 and a vocabulary that is a multiple of 8"
     if _slots(c) < 4:
         return f"{c.num_hidden_layers} layers leave too little shared memory for the ring"
-    units = c.num_attention_heads // _unit_heads(c)
-    wanted = max(units, -(-c.hidden_size // 64))
-    if blocks(model) < wanted:
-        needed = f"{wanted} blocks with {shared_bytes(c) >> 10} KB of shared memory"
+    if blocks(model) < _least_blocks(c):
+        needed = f"{_least_blocks(c)} blocks with {shared_bytes(c) >> 10} KB of shared memory"
         return f"it takes a GPU of compute capability 9.0 or newer that runs {needed} at once"
     return None
 
 
-def blocks(model: Qwen3) -> int:
-    """Blocks that the step is launched with: all that the GPU runs at once, as long as each has rows of every matrix."""
+def can_sample(model: Qwen3) -> bool:
+    """Whether the kernel can also choose as `sample` does: in the ring's memory, in a block that has no part in the layers."""
+    c = model.config
+    fits = _slots(c) * SLOT_BYTES >= cuda.SAMPLE_SHARED_BYTES
+    return fits and blocks(model, sampled=True) > _least_blocks(c)
+
+
+def _least_blocks(c: Config) -> int:
+    """For the layers."""
+    return max(c.num_attention_heads // _unit_heads(c), -(-c.hidden_size // 64))
+
+
+def blocks(model: Qwen3, sampled: bool = False) -> int:
+    """Blocks that the step is launched with: all that the GPU runs at once, as long as each has rows of every matrix; if
+    `sampled` the last one has no part in the layers."""
     c = model.config
     resident = launch.resident_blocks(
         "decode_step", "decode_step", defines(c, model.kv_dtype), THREADS, shared_bytes(c)
     )
     heads = c.num_attention_heads + 2 * c.num_key_value_heads
-    return min(resident, c.hidden_size // 4, c.intermediate_size // 4, heads * c.head_dim // 8)
+    return min(
+        resident, MAX_BLOCKS, min(c.hidden_size // 4, c.intermediate_size // 4, heads * c.head_dim // 8) + sampled
+    )
 
 
 class DecodeStep:
-    """The step of the sequence in `cache`: `ids` [1] and `position` [1], int32 on the device, go in; `logits` [1, V]
-    float32 come out, and `ids` and `position` are then those of the next greedy step, below `n_ids`.
+    """The steps of the sequence in `cache`: `ids` [1] and `position` [1], int32 on the device, go in; `logits` [1, V] float32
+    of the last one come out, and `ids` and `position` are then those of the next one. Tokens are chosen below `n_ids`: the
+    most likely ones, or as `choose_by` says.
 
-    `state` [2] is `ids`, NO_CHOICE where the logits leave no token, and 0, or 1 from when a block gave up waiting for another,
-    which nothing takes back. Raises ValueError if there is an `obstacle`.
+    `state` [2] is `ids`, NO_CHOICE where the logits leave no token, and 0, ENDED, or LOST from when a block gave up waiting for
+    another, which nothing takes back. `tokens` [capacity + 1] is memory of the host, where the token for each position
+    appears while a launch goes on, in the place of NOT_YET if the caller has put that there; `halt` [1] as well: anything but
+    0 there ends a launch within two tokens.
+
+    Raises ValueError if there is an `obstacle`.
     """
 
     def __init__(self, model: Qwen3, cache: KVCache, n_ids: int) -> None:
         if reason := obstacle(model):
             raise ValueError(f"decode_step: {reason}")
         c, device = model.config, model.device
-        self.grid, self.shared_bytes = (blocks(model),), shared_bytes(c)
+        self.grids = {sampled: (blocks(model, sampled),) for sampled in (False, True)}
+        self.constants = {sampled: defines(c, model.kv_dtype, sampled) for sampled in (False, True)}
+        self.shared_bytes = shared_bytes(c)
         self.state, self.position = device.upload(np.zeros(2, np.int32)), device.empty((1,), np.int32)
         self.ids = self.state[:1]
         self.logits = device.empty((1, c.vocab_size), np.float32)
+        self.tokens, tokens = launch.host_array(cache.capacity + 1, np.int32)
+        self.halt, halt = launch.host_array(1, np.int32)
+        self.ends = device.empty((MAX_ENDS,), np.int32)
+        self.end_ids: tuple[int, ...] = ()
         self.keep = model.weights, model.cos, model.sin, cache  # the kernel has bare addresses
         addresses = [
             [0 if (array := getattr(layer, name)) is None else launch.address(array) for name in ARRAYS]
             for layer in model.weights.layers
         ]
         boxes = [self._boxes(array) for array in (cache.keys, cache.values)]
-        words = device.upload(np.zeros(exchange_words(c, self.grid[0]), np.uint64))
+        words = device.upload(np.zeros(exchange_words(c), np.uint64))
         self.args = (
-            self.logits, self.state, self.position, device.upload(np.array(addresses, np.uint64)), model.weights.embed_tokens,
-            model.weights.lm_head, model.weights.norm, model.cos, model.sin, cache.keys, cache.values, *boxes, words,
-            device.upload(np.ones(1, np.uint32)), np.int32(c.vocab_size), np.int32(n_ids), np.int32(cache.capacity),
-            np.float32(c.rms_norm_eps),
+            self.logits, self.state, self.position, tokens, halt, self.ends, device.upload(np.array(addresses, np.uint64)),
+            model.weights.embed_tokens, model.weights.lm_head, model.weights.norm, model.cos, model.sin, cache.keys,
+            cache.values, *boxes, words, device.upload(np.ones(1, np.uint32)), np.int32(c.vocab_size), np.int32(n_ids),
+            np.int32(cache.capacity), np.float32(c.rms_norm_eps),
         )  # fmt: skip
-        self.function = launch.load_function("decode_step", "decode_step", defines(c, model.kv_dtype))
+        self.choose_by(None)
+
+    def choose_by(self, plan: cuda.SamplingPlan | None, uniforms: Array | None = None) -> None:
+        """Choose as `sample` does, by a plan for `n_ids` logits; None: the most likely token."""
+        nothing = (None,) * 6, (np.int32(0),) * 4 + (np.float64(0),) * 7
+        arrays, numbers = nothing if plan is None else (plan.arrays, plan.numbers)
+        self.choice = (*arrays, uniforms, *numbers)
+        sampled = plan is not None
+        self.grid = self.grids[sampled]
+        self.function = launch.load_function("decode_step", "decode_step", self.constants[sampled])
+
+    def end_at(self, end_ids: Collection[int]) -> None:
+        """After which tokens nothing follows; the first MAX_ENDS of them."""
+        ends = tuple(end_ids)[:MAX_ENDS]
+        if ends != self.end_ids:
+            launch.copy(self.ends, launch.upload(np.array(ends + (NO_CHOICE,) * (MAX_ENDS - len(ends)), np.int32)))
+            self.end_ids = ends
 
     @staticmethod
     def _boxes(array: Array) -> np.ndarray:
@@ -149,14 +193,16 @@ class DecodeStep:
         frame_keys = SLOT_BYTES // 2 // (dim * array.dtype.itemsize)
         return launch.tensor_map(array.view(np.uint16).reshape(layers * rows, -1), frame_keys)
 
-    def __call__(self) -> None:
-        """Launch the step on the current stream."""
-        self.function(self.grid, (THREADS,), self.args, self.shared_bytes)
+    def __call__(self, count: int = 1, fresh: bool = True) -> None:
+        """Launch up to `count` steps on the current stream; with `fresh` also if the launch before has ENDED."""
+        numbers = np.int32(len(self.end_ids)), np.int32(count), np.int32(fresh)
+        self.function(self.grid, (THREADS,), (*self.args, *numbers, *self.choice), self.shared_bytes)
 
 
-def exchange_words(c: Config, count: int) -> int:
-    """Words through which `count` blocks exchange values, as the kernel lays them out."""
+def exchange_words(c: Config) -> int:
+    """Words through which blocks exchange values, as the kernel lays them out."""
     heads, width = _unit_heads(c), c.num_attention_heads * c.head_dim
     shares = c.num_attention_heads // heads * MAX_SPLITS * (heads * c.head_dim + 2 * heads)
     projected = width + 2 * c.num_key_value_heads * c.head_dim
-    return 2 * c.hidden_size + projected + width + c.intermediate_size + shares + 2 * count
+    choice = 2 + 2 * MAX_BLOCKS + 2 * cuda.SAMPLE_GROUPS + c.vocab_size
+    return 2 * c.hidden_size + projected + width + c.intermediate_size + shares + choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -176,31 +177,20 @@ def generate_steps(
     # made while a GPU reads the prompt
     decoder, choice = sequence.decode(cache, sampling, prompt, tokenizer.n_ids, max_tokens)
     stream, stops = tokenizer.stream(), StopStrings(stop)
-    # On a GPU the next step is on its way before this one's token is looked at, so that it need not wait for the host; after
-    # the last token of an answer one step too many has been made. That step overwrites the logits.
-    ahead = model.device.name != "cpu" and not logprobs
-    choice.first(logits, decoder.ids)
-    read = launch.read_later(decoder.state)
-    for count in range(1, max_tokens + 1):
-        last = count == max_tokens
-        if ahead and not last:
-            logits, read, read_this = decoder.step(decoder.ids), launch.read_later(decoder.state), read
-        else:
-            read_this = read
-        token = choice.check(read_this(), logits)
-        sequence.ids.append(token)
-        scores = _logprobs(logits, token, tokenizer.n_ids, logprobs) if logprobs else ()
-        ended = token in end_ids
-        text, stopped = stops.push("" if ended else stream.push(token))
-        if (ended or last) and not stopped:
-            tail, stopped = stops.push(stream.finish())
-            text += tail if stopped else tail + stops.finish()
-        if ended or stopped or last:
-            yield Step(text, token, "stop" if ended or stopped else "length", *scores)
-            return
-        yield Step(text, token, None, *scores)
-        if not ahead:
-            logits, read = decoder.step(decoder.ids), launch.read_later(decoder.state)
+    # with log-probabilities each token's logits are wanted, which the next step overwrites
+    with contextlib.closing(decoder.answer(logits, max_tokens, end_ids, ahead=not logprobs)) as tokens:
+        for count, (token, logits) in enumerate(tokens, 1):
+            last, ended = count == max_tokens, token in end_ids
+            sequence.ids.append(token)
+            scores = _logprobs(logits, token, tokenizer.n_ids, logprobs) if logprobs else ()
+            text, stopped = stops.push("" if ended else stream.push(token))
+            if (ended or last) and not stopped:
+                tail, stopped = stops.push(stream.finish())
+                text += tail if stopped else tail + stops.finish()
+            if ended or stopped or last:
+                yield Step(text, token, "stop" if ended or stopped else "length", *scores)
+                return
+            yield Step(text, token, None, *scores)
 
 
 def _logprobs(logits: Array, token: int, n_ids: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cuqwen.config import CheckpointError
+from cuqwen.strict_json import CheckpointError
 
 DEMO_FOLDER = Path(__file__).with_name("demo")
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,6 +53,13 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None, progr
     if revision is not None:
         raise ValueError(f"revision {revision!r} needs a hub id, but {os.fspath(model)!r} is the local folder {folder}")
     return folder
+
+
+def is_local(model: str | os.PathLike[str]) -> bool:
+    """Whether `model` is there without a download: "demo", or a folder."""
+    if not isinstance(model, (str, os.PathLike)):
+        return False
+    return model == "demo" or os.path.isdir(os.path.expanduser(os.fspath(model)))
 
 
 Headers = dict[str, tuple[str, tuple[int, ...], int]]  # tensor: (safetensors' name of its dtype, shape, bytes)

@@ -10,11 +10,15 @@ import ctypes
 import functools
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from cuqwen.driver import library as _driver
 
 # Inside the package in a wheel, beside it in a checkout or an editable install.
 KERNEL_FOLDER = next(
@@ -22,11 +26,16 @@ KERNEL_FOLDER = next(
     Path(__file__).parent / "kernels",
 )
 
+PATIENCE = 0.5  # seconds that pass before people are told what they wait for
+# Seconds in which a kernel that was compiled before is there. One after another they come sooner than from threads, which wait
+# for each other's Python: 24 in 0.1 s instead of 0.55.
+QUICK = 0.01
 # What a launch may ask for without being allowed more first.
 DEFAULT_SHARED_BYTES = 48 << 10
 
 Launch = Callable[..., None]
 Defines = tuple[tuple[str, str], ...]
+Request = tuple[str, str, Defines]  # the arguments of `load_function`
 
 
 class DeviceError(RuntimeError):
@@ -69,9 +78,8 @@ def source(file: str, entry: str | None = None) -> str:
     return ENTRY.sub(lambda found: found[0] if found[2] == entry else f"template <int> {found[1]}", text)
 
 
-@functools.cache
 def load_function(file: str, entry: str, defines: Defines) -> Launch:
-    """Compile `kernels/<file>.cu` with `-D` for each of `defines` and return its entry point as
+    """Compile `kernels/<file>.cu` with each of `defines` as a macro and return its entry point as
     `launch(grid, block, args, shared_bytes=0, dependent=False)`, which runs on CuPy's current stream.
 
     `dependent` says that the kernel waits by itself (griddepcontrol_wait in kernels/ptx.cuh) before it reads what launches
@@ -79,8 +87,42 @@ def load_function(file: str, entry: str, defines: Defines) -> Launch:
 
     CuPy keeps the compiled code on disk; this function remembers the entry points of this process.
     """
+    if _thread.noted is not None:
+        _thread.noted[file, entry, defines] = None
+        return lambda *_: None
+    return _load_function(file, entry, defines)
+
+
+@functools.cache
+def _load_function(file: str, entry: str, defines: Defines) -> Launch:
+    function = _compile(file, entry, defines)
+    accepted: set[tuple[type, ...]] = set()  # types of arguments
+    allowed: dict[int, int] = {}  # bytes of shared memory, by the function on a device: each driver call costs the host
+
+    def launch(
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Any, ...],
+        shared_bytes: int = 0,
+        dependent: bool = False,
+    ) -> None:
+        types = tuple(map(type, args))
+        if types not in accepted:
+            _refuse_bare_numbers(entry, types)
+            accepted.add(types)
+        if shared_bytes > DEFAULT_SHARED_BYTES and allowed.get(function.kernel.ptr, 0) < shared_bytes:
+            function.max_dynamic_shared_size_bytes = allowed[function.kernel.ptr] = shared_bytes
+        if dependent and _overlapping:
+            _launch_dependent(entry, function.kernel.ptr, grid, block, args, shared_bytes)
+        else:
+            function(grid, block, args, shared_mem=shared_bytes)
+
+    return launch
+
+
+def _compile(file: str, entry: str, defines: Defines) -> Any:
     try:
-        function = _module(file, defines, entry).get_function(entry)
+        return _module(file, defines, entry).get_function(entry)
     except Exception as error:  # CuPy raises CompileException, NVRTCError or RuntimeError
         if is_out_of_memory(error):
             raise
@@ -90,27 +132,61 @@ def load_function(file: str, entry: str, defines: Defines) -> Launch:
             'pip install "cuqwen[cuda13]" or "cuqwen[cuda12]", or use device="cpu" (--device cpu)'
         ) from error
 
-    def launch(
-        grid: tuple[int, ...],
-        block: tuple[int, ...],
-        args: tuple[Any, ...],
-        shared_bytes: int = 0,
-        dependent: bool = False,
-    ) -> None:
-        for i, arg in enumerate(args):
-            if isinstance(arg, (bool, int, float)) and not isinstance(arg, np.generic):  # np.float64 is a float
-                # CuPy would hand over 8 bytes: a float parameter would read half of a double
-                raise TypeError(
-                    f"{entry}: argument {i} is a bare {type(arg).__name__}; wanted a NumPy scalar or an array"
-                )
-        if shared_bytes > DEFAULT_SHARED_BYTES:
-            function.max_dynamic_shared_size_bytes = shared_bytes  # CuPy remembers the value: later calls cost little
-        if dependent and _overlapping:
-            _launch_dependent(entry, function.kernel.ptr, grid, block, args, shared_bytes)
-        else:
-            function(grid, block, args, shared_mem=shared_bytes)
 
-    return launch
+class _Thread(threading.local):
+    noted: dict[Request, None] | None = None  # while `noting`
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[dict[Request, None]]:
+    """Inside the block operations called by this thread compute nothing; which entry points they would have launched is noted
+    in what the block is given, in order. Arrays that they make are NumPy's, all elements of one being the same zero."""
+    noted: dict[Request, None] = {}
+    _thread.noted = noted
+    try:
+        yield noted
+    finally:
+        _thread.noted = None
+
+
+@contextlib.contextmanager
+def compiling(requests: Iterable[Request], progress: Callable[[int, int], None] | None = None) -> Iterator[None]:
+    """While the block runs, and until all is there, threads load what `load_function` will be asked for, and compile what this
+    machine has not compiled before. What cannot be compiled is told by `load_function`.
+
+    progress: called with (entry points that are there, all) after the block, when some are missing `PATIENCE` seconds later.
+    However the block ends, no thread is left when it has; if it fails, what has not been begun is left out.
+    """
+    device = cupy().cuda.Device().id
+    threads = min(16, os.cpu_count() or 4)
+    pool = futures.ThreadPoolExecutor(1 + threads, "cuqwen-compile", lambda: cupy().cuda.Device(device).use())
+    compiled: list[futures.Future[Any]] = []
+
+    def begin() -> None:
+        for request in requests:
+            compiled.append(pool.submit(_compile, *request))
+            futures.wait(compiled[-1:], QUICK)
+
+    try:
+        begun = pool.submit(begin)
+        yield
+        begun.result()
+        missing = futures.wait(compiled, PATIENCE).not_done
+        for _ in futures.as_completed(missing):
+            if progress is not None:
+                progress(sum(one.done() for one in compiled), len(compiled))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _refuse_bare_numbers(entry: str, types: tuple[type, ...]) -> None:
+    for i, kind in enumerate(types):
+        if issubclass(kind, (bool, int, float)) and not issubclass(kind, np.generic):  # np.float64 is a float
+            # CuPy would hand over 8 bytes: a float parameter would read half of a double
+            raise TypeError(f"{entry}: argument {i} is a bare {kind.__name__}; wanted a NumPy scalar or an array")
 
 
 _overlapping = False  # inside `record`, on a GPU that has dependent launches
@@ -139,8 +215,8 @@ def _launch_dependent(
 ) -> None:
     """What CuPy's launch does, with the attribute that lets the kernel start before those before it have ended."""
     values = [
-        ctypes.create_string_buffer(arg.tobytes(), arg.itemsize)
-        if isinstance(arg, np.generic)
+        ctypes.create_string_buffer(arg.tobytes(), arg.nbytes)
+        if arg is not None and (isinstance(arg, np.generic) or arg.dtype.type is np.void)  # an array of one structure
         else ctypes.c_void_p(None if arg is None else address(arg))
         for arg in args
     ]
@@ -155,11 +231,6 @@ def _launch_dependent(
         raise DeviceError(f"{entry}: cuLaunchKernelEx: wanted CUDA_SUCCESS, got CUresult {error}; update the driver")
 
 
-@functools.cache
-def _driver() -> Any:
-    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-
-
 def _has_dependent_launches() -> bool:
     """Whether this GPU (Hopper or later) and its driver (CUDA 12.3 or later) let recorded launches overlap."""
     cuda = cupy().cuda
@@ -168,10 +239,12 @@ def _has_dependent_launches() -> bool:
 
 @functools.cache
 def _module(file: str, defines: Defines, entry: str | None = None) -> Any:
-    options = ("--std=c++17", *(f"-D{name}={value}" for name, value in defines))
+    # not as options: for each set of options that it has not met, CuPy asks NVRTC what an empty file becomes, 20 ms a time
+    constants = "".join(f"#define {name} {value}\n" for name, value in defines)
+    options: tuple[str, ...] = ("--std=c++17",)
     if cupy().cuda.Device().compute_capability == "90":
         options += ("-arch=sm_90a",)  # goes before CuPy's sm_90: with wgmma, which no other architecture has
-    return cupy().RawModule(code=source(file, entry), options=options)
+    return cupy().RawModule(code=constants + source(file, entry), options=options)
 
 
 @functools.cache
@@ -209,6 +282,8 @@ def has_gpu() -> bool:
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     """Uninitialised GPU memory as a CuPy array."""
+    if _thread.noted is not None:
+        return np.lib.stride_tricks.as_strided(np.zeros(1, dtype), shape, [0] * len(shape))
     return cupy().empty(shape, dtype)
 
 
@@ -222,6 +297,8 @@ def workspace() -> Any:
     It is all zeros, and a kernel that uses it must leave it so. There is one for each stream, where launches follow each
     other, and one for each recording.
     """
+    if _thread.noted is not None:
+        return np.zeros(WORKSPACE_COUNTERS, np.int32)
     cp = cupy()
     key = cp.cuda.Device().id, cp.cuda.get_current_stream().ptr
     if key not in _workspaces:
@@ -243,6 +320,18 @@ def upload(array: np.ndarray) -> Any:
     return cupy().asarray(array)
 
 
+def host_array(size: int, dtype: Any) -> tuple[np.ndarray, Any]:
+    """Zeros in page-locked memory of the host, which kernels can read and write while it looks: as a NumPy array [size],
+    and as the array that stands for it in a launch."""
+    cp = cupy()
+    dtype = np.dtype(dtype)
+    memory = cp.cuda.alloc_pinned_memory(size * dtype.itemsize)
+    array = np.frombuffer(memory, dtype, size)
+    array[...] = 0
+    held = cp.cuda.UnownedMemory(memory.ptr, array.nbytes, memory, cp.cuda.Device().id)
+    return array, cp.ndarray((size,), dtype, cp.cuda.MemoryPointer(held, 0))
+
+
 def address(array: Any) -> int:
     """Where the elements of a CuPy or NumPy array begin."""
     return array.data.ptr if is_gpu_array(array) else array.ctypes.data
@@ -250,7 +339,13 @@ def address(array: Any) -> int:
 
 def is_gpu_array(array: Any) -> bool:
     """Whether `array` is a CuPy array; CuPy is not imported to find out."""
-    return type(array).__module__.partition(".")[0] == "cupy"
+    kind = type(array)
+    if kind not in _of_cupy:
+        _of_cupy[kind] = kind.__module__.partition(".")[0] == "cupy"
+    return _of_cupy[kind]
+
+
+_of_cupy: dict[type, bool] = {}  # types of arrays seen
 
 
 def copy(target: Any, source: Any) -> None:
@@ -293,8 +388,56 @@ def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     return launch_graph, result
 
 
+def settled_device() -> int:
+    """The current device, when all that the current stream was given is done: from then on other streams may write to arrays
+    that have just been made, whose memory earlier work may have had."""
+    cupy().cuda.get_current_stream().synchronize()
+    return cupy().cuda.Device().id
+
+
+class Sender:
+    """Copies bytes from the host into arrays on `device`, which becomes the current one of the calling thread: fill `buffer()`,
+    then `send` it. Two buffers of `size` bytes, one to be filled while the other is on its way; `finish` waits for both."""
+
+    def __init__(self, device: int, size: int) -> None:
+        cuda = cupy().cuda
+        cuda.Device(device).use()
+        self._stream = cuda.Stream(non_blocking=True)
+        self._slots = []
+        for memory in (_page_locked(size), _page_locked(size)):
+            view = memoryview(memory).cast("B")
+            address = ctypes.c_void_p(np.frombuffer(view, np.uint8).ctypes.data)
+            self._slots.append((view, address, cuda.Event(disable_timing=True)))
+
+    def buffer(self) -> memoryview:
+        """The buffer that was sent longest ago, as bytes."""
+        self._slots.reverse()
+        view, _, sent = self._slots[0]
+        sent.synchronize()
+        return view
+
+    def send(self, array: Any, first: int, count: int) -> None:
+        """Copy the first `count` bytes of the last `buffer()` to the bytes of `array` from `first` on."""
+        _, address, sent = self._slots[0]
+        (array.data + first).copy_from_host_async(address, count, self._stream)
+        sent.record(self._stream)
+
+    def finish(self) -> None:
+        """Wait until all has arrived."""
+        self._stream.synchronize()
+
+
+def _page_locked(size: int) -> Any:
+    """Memory that the GPU copies from by itself, or ordinary memory where there is no more of it (WSL 2 has little)."""
+    cuda = cupy().cuda
+    try:
+        return cuda.alloc_pinned_memory(size)
+    except cuda.runtime.CUDARuntimeError:
+        return bytearray(size)
+
+
 def release_staging() -> None:
-    """Free the page-locked host memory through which arrays were uploaded; CuPy keeps it otherwise."""
+    """Free the page-locked host memory through which arrays were sent; CuPy keeps it otherwise."""
     cupy().get_default_pinned_memory_pool().free_all_blocks()
 
 
@@ -338,6 +481,8 @@ def tensor_map(matrix: Any, box_rows: int) -> np.ndarray:
 
     The matrix must begin at a multiple of 16 bytes, C be a multiple of 8. Raises DeviceError for what the driver refuses.
     """
+    if _thread.noted is not None:
+        return np.zeros(1, "V128")
     columns = matrix.shape[-1]
     return _tensor_map(address(matrix), matrix.size // columns, columns, box_rows)
 
@@ -363,6 +508,9 @@ def resident_blocks(file: str, entry: str, defines: Defines, threads: int, share
 
     0 on a GPU older than Hopper (compute capability 9.0), whose instructions such kernels need.
     """
+    if _thread.noted is not None:
+        load_function(file, entry, defines)
+        return 1 << 30 if int(cupy().cuda.Device().compute_capability) >= 90 else 0
     return _resident_blocks(cupy().cuda.Device().id, file, entry, defines, threads, shared_bytes)
 
 
@@ -402,6 +550,17 @@ def read_later(array: Any) -> Callable[[], list[int]]:
         return np.frombuffer(memory, np.int32, array.size).tolist()
 
     return read
+
+
+def wait() -> None:
+    """Until the GPU has done what is on the current stream."""
+    cupy().cuda.get_current_stream().synchronize()
+
+
+def is_idle() -> bool:
+    """Whether nothing on the current stream is left to do, because it is done or because it failed."""
+    not_ready = 600  # cudaErrorNotReady
+    return bool(cupy().cuda.runtime.streamQuery(cupy().cuda.get_current_stream().ptr) != not_ready)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

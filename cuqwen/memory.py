@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from cuqwen import launch, weights
@@ -21,7 +20,6 @@ FIXED_BYTES = 96 << 20
 LEAST_CONTEXT, LEAST_CHUNK, CONTEXT_GRAIN = 256, 256, 256  # tokens
 SPARE = 0.03  # of what is free, left alone where the context is chosen to fit
 F32 = np.dtype(np.float32)
-_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": F32}
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,9 @@ def plan(
     """
     stored = weights.stored(folder, config)
     needed, free = _weight_bytes(stored.values(), device), free_bytes(device)
-    matrices = {_DTYPES[kind] for name, (shape, kind) in stored.items() if ".layers." in name and len(shape) == 2}
+    matrices = {
+        weights.DTYPES[kind] for name, (shape, kind) in stored.items() if ".layers." in name and len(shape) == 2
+    }
     dtype = activation_dtype(device.name, device.dtype, exact, matrices)
     itemsize = device.dtype.itemsize
     row = KVCache.bytes_per_token(config, kv_dtype) + config.head_dim * itemsize + 4  # cosines, sines, the position
@@ -117,7 +117,7 @@ def free_bytes(device: Device) -> int | None:
 def _available(path: Path) -> int | None:
     """What Linux says can be had without swapping."""
     try:
-        lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in path.read_text(encoding="ascii").splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, ValueError, LookupError):
         return None
@@ -126,8 +126,8 @@ def _available(path: Path) -> int | None:
 def _cgroup(folder: Path) -> int | None:
     """What the container has left, if it has a limit. Pages of files count as used but make room when they must."""
     try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-        pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        limit, used = (int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        pages = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
         return max(0, limit - used + int(pages["inactive_file"]))
     except (OSError, ValueError, LookupError):  # "max": no limit
         return None
@@ -136,7 +136,7 @@ def _cgroup(folder: Path) -> int | None:
 def _weight_bytes(stored: Iterable[tuple[tuple[int, ...], str]], device: Device) -> int:
     """As `Device.place_weight` puts them: float32 for vectors on a GPU, the computing type for all on the CPU."""
     return sum(
-        math.prod(shape) * (device.dtype if device.name == "cpu" or len(shape) == 1 else _DTYPES[kind]).itemsize
+        math.prod(shape) * (device.dtype if device.name == "cpu" or len(shape) == 1 else weights.DTYPES[kind]).itemsize
         for shape, kind in stored
     )
 
@@ -150,7 +150,7 @@ def _workspace_bytes(
     if device.name == "cpu":
         return 2 * arrays + 3 * wide
     arrays += tokens * c.num_key_value_heads * c.head_dim * F32.itemsize  # k, which waits in float32 for its norm
-    in_two_products = matrices != {_DTYPES["BF16"]} or c.hidden_size % 8  # `swiglu` off the tensor cores
+    in_two_products = matrices != {weights.DTYPES["BF16"]} or c.hidden_size % 8  # `swiglu` off the tensor cores
     return arrays + FIXED_BYTES + (2 * wide if in_two_products else 0)
 
 

@@ -51,6 +51,10 @@ class Device:
             "cuda", cuda, lambda *spec: launch.empty(*spec), lambda a: launch.upload(a), lambda *pair: launch.copy(*pair), F32
         )  # fmt: skip
 
+    def reserve_weight(self, shape: tuple[int, ...], dtype: np.dtype) -> Array | None:
+        """Memory for a weight that stays as stored; None for one that is to be given to `place_weight`."""
+        return self.empty(shape, dtype) if self.name == "cuda" and len(shape) > 1 else None
+
     def place_weight(self, weight: np.ndarray) -> Array:
         """A weight where and as the operations want it: matrices as stored on the GPU, where vectors become float32
         (exactly); everything in the computing type on the CPU."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cuqwen.config import Yarn
+from cuqwen.yarn import Yarn
 
 _BLOCK = 1 << 14  # positions computed at a time: bounds the float64 angles
 

@@ -10,28 +10,33 @@ them, they follow from rope_theta); and `lm_head.weight` beside tied embeddings 
 as a copy of the embedding. Where the two differ, config.json and the weights contradict each other, and frameworks
 disagree on which one to believe (transformers 4 the first, transformers 5 the second), so that is refused.
 
-Host memory: tensors are read one at a time, and the file is unmapped and mapped again after each `_WINDOW` bytes, since
-mapped pages that were touched count as memory of the process. At the peak there are, besides what `place` keeps, one
-tensor, its mapped pages, and less than one window.
+Files are read and not mapped: a mapped file that shrinks meanwhile ends the process, and page faults one after another are
+slower than large reads. What goes to a GPU as it is stored goes there through a few page-locked buffers, filled by several
+threads. Host memory at the peak, besides what `place` keeps: these buffers, and one tensor.
 """
 
 import json
+import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from queue import Empty, SimpleQueue
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from cuqwen import launch
 from cuqwen.config import CheckpointError, Config, describe_folder, read_json
-
-if TYPE_CHECKING:
-    from safetensors import safe_open
 
 Array = Any  # a NumPy or a CuPy array: whatever `place` returns
 
-_WINDOW = 64 << 20  # bytes
-_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # safetensors' names, bytes per element
+_WINDOW = 64 << 20  # bytes of a tensor that are looked at together, four times
+_PIECE, _THREADS = 8 << 20, 12  # bytes that a thread reads at once into one of its two buffers; most threads
+DTYPES = {name: np.dtype(t) for name, t in (("BF16", ml_dtypes.bfloat16), ("F16", np.float16), ("F32", np.float32))}
 _EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}  # all ones in NaN and infinity
 _LAYER_NAMES = {  # field of LayerWeights: the name in the file, after "model.layers.{i}."
     "input_layernorm": "input_layernorm.weight",
@@ -122,46 +127,58 @@ def read(
     config: Config,
     place: Callable[[np.ndarray], Array],
     *,
+    reserve: Callable[[tuple[int, ...], np.dtype], Array | None] = lambda shape, dtype: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
     """Reads the checkpoint in `folder`.
 
-    `place` is called once per tensor, shard by shard in file order, with a C-contiguous array of ml_dtypes.bfloat16,
-    float16 or float32; what it returns stands in the result. `progress` is called with (bytes done, bytes in all).
-    Raises CheckpointError if a file is missing or unreadable, or the tensors are not those of `config`.
+    `reserve` is called once per tensor, shard by shard in file order, with its shape and ml_dtypes.bfloat16, float16 or
+    float32. What it returns is memory on the current GPU, which is filled with the tensor; where it returns None, `place` is
+    called with the tensor, C-contiguous, and what that returns stands in the result. `progress` is called with (bytes done,
+    bytes in all). Raises CheckpointError if a file is missing or unreadable, or the tensors are not those of `config`.
     """
     tensors = _survey(Path(folder), config)
     copy = tensors.pop("lm_head.weight") if config.tie_word_embeddings and "lm_head.weight" in tensors else None
     if copy is not None:
         _check_copy(tensors["model.embed_tokens.weight"], copy)
     done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
-    if progress is not None:
-        progress(done, total)
-    placed: dict[str, Array] = {}
-    reader = _Reader()
-    for name, tensor in tensors.items():
-        placed[name] = place(reader.read(tensor))  # no name for the array itself: it would outlive its turn
-        done += tensor.nbytes
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
         if progress is not None:
             progress(done, total)
-    reader.close()
+
+    tell(0)
+    placed = {name: reserve(tensor.shape, DTYPES[tensor.dtype]) for name, tensor in tensors.items()}
+    with _filling([(tensor, placed[name]) for name, tensor in tensors.items() if placed[name] is not None]) as filled:
+        for name, tensor in tensors.items():
+            if placed[name] is None:
+                placed[name] = place(_rows(tensor))  # no name for the array itself: it would outlive its turn
+                tell(tensor.nbytes)
+        for count in filled:
+            tell(count)
+    return arrange(config, placed)
+
+
+def arrange(config: Config, tensors: dict[str, Array]) -> Weights:
+    """Tensors by checkpoint name as the fields of `Weights`."""
     layers = []
     for i in range(config.num_hidden_layers):
         names = {field: f"model.layers.{i}.{name}" for field, name in _LAYER_NAMES.items()}
-        layers.append(LayerWeights(**{field: placed[name] for field, name in names.items() if name in placed}))
-    embedding = placed["model.embed_tokens.weight"]
-    lm_head = embedding if config.tie_word_embeddings else placed["lm_head.weight"]
-    return Weights(embedding, layers, placed["model.norm.weight"], lm_head)
+        layers.append(LayerWeights(**{field: tensors[name] for field, name in names.items() if name in tensors}))
+    embedding = tensors["model.embed_tokens.weight"]
+    lm_head = embedding if config.tie_word_embeddings else tensors["lm_head.weight"]
+    return Weights(embedding, layers, tensors["model.norm.weight"], lm_head)
 
 
 def check_finite(folder: Path, config: Config) -> None:
     """Reads all weights once and raises CheckpointError, naming the tensors, if any holds NaN or infinity."""
     bad = []
-    reader = _Reader()
     for name, tensor in _survey(Path(folder), config).items():
         count, first = 0, None
         for start, stop in tensor.chunks():
-            part = reader.read(tensor, start, stop)
+            part = _rows(tensor, start, stop)
             exponent = _EXPONENTS[part.dtype.name]
             wrong = (part.view(f"u{part.itemsize}") & exponent) == exponent
             if first is None and wrong.any():
@@ -169,8 +186,7 @@ def check_finite(folder: Path, config: Config) -> None:
                 first = f"first {part[index]} at {[int(index[0]) + start, *map(int, index[1:])]}"
             count += int(np.count_nonzero(wrong))
         if count:
-            bad.append(f"{name}: {count} of {int(np.prod(tensor.shape))} ({first})")
-    reader.close()
+            bad.append(f"{name}: {count} of {math.prod(tensor.shape)} ({first})")
     if bad:
         raise CheckpointError(
             f"{folder}: wanted finite weights, got NaN or infinity in {len(bad)} tensors: {_shortened(bad, '; ')}. "
@@ -183,13 +199,14 @@ class _Tensor:
     """Where one tensor is stored."""
 
     path: Path
+    offset: int  # in the file, of its first byte
     stored_name: str
     shape: tuple[int, ...]
     dtype: str  # safetensors' name
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * _DTYPES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def chunks(self) -> list[tuple[int, int]]:
         """Ranges of the first axis, each of at most a quarter window (but at least one row)."""
@@ -197,32 +214,93 @@ class _Tensor:
         return [(start, min(start + rows, self.shape[0])) for start in range(0, self.shape[0], rows)]
 
 
-class _Reader:
-    """Reads tensors, keeping the last file mapped until another is wanted or a window's worth has been read."""
+def _rows(tensor: _Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows start..stop of the tensor, without `stop` all from `start` on: an array of its own."""
+    array = np.empty(((tensor.shape[0] if stop is None else stop) - start, *tensor.shape[1:]), DTYPES[tensor.dtype])
+    with _opened(tensor.path) as file:
+        first = tensor.offset + start * (tensor.nbytes // tensor.shape[0])
+        _read_into(file, first, array.reshape(-1).view(np.uint8).data)
+    return array
 
-    def __init__(self) -> None:
-        self.path: Path | None = None
-        self.file: Any = None
-        self.touched = 0  # bytes
 
-    def read(self, tensor: _Tensor, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        """The whole tensor, or rows start..stop of it: an array of its own, not a view of the file."""
-        from safetensors import SafetensorError
+def _opened(path: Path) -> FileIO:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(_unreadable(path, error)) from error
 
-        if tensor.path != self.path or self.touched >= _WINDOW:
-            self.close()
-            self.path, self.file = tensor.path, _open(tensor.path)
-        rows = tensor.shape[0] if start is None or stop is None else stop - start
-        self.touched += tensor.nbytes // tensor.shape[0] * rows
+
+def _read_into(file: FileIO, offset: int, memory: memoryview) -> None:
+    try:
+        file.seek(offset)
+        filled = count = file.readinto(memory)
+        while count and filled < len(memory):  # the system may give less than it was asked for
+            count = file.readinto(memory[filled:])
+            filled += count
+    except OSError as error:
+        raise CheckpointError(_unreadable(Path(file.name), error)) from error
+    if filled < len(memory):
+        raise CheckpointError(
+            f"{file.name}: wanted {offset + len(memory)} bytes or more, got {offset + filled}: it has become shorter while it "
+            "was read. Download the file again"
+        )
+
+
+@contextmanager
+def _filling(targets: list[tuple[_Tensor, Array]]) -> Iterator[Iterator[int]]:
+    """Threads copy the tensors into their arrays on the GPU. Gives the counts of bytes that are on their way, as they are; when
+    these end all have arrived. They raise what a thread raises. However the block ends, no thread is left when it has.
+    """
+    todo: SimpleQueue[tuple[_Tensor, Array, int]] = SimpleQueue()
+    for tensor, array in targets:
+        for first in range(0, tensor.nbytes, _PIECE):
+            todo.put((tensor, array, first))
+    done: SimpleQueue[int | BaseException | None] = SimpleQueue()
+    stop = threading.Event()
+    count = min(_THREADS, math.ceil(todo.qsize() / 24))
+    size = max((min(_PIECE, tensor.nbytes) for tensor, _ in targets), default=0)
+    device = launch.settled_device() if count else 0
+
+    def work() -> None:
+        files: dict[Path, FileIO] = {}
         try:
-            if start is None:
-                return self.file.get_tensor(tensor.stored_name)
-            return self.file.get_slice(tensor.stored_name)[start:stop]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(_unreadable(tensor.path, error)) from error
+            sender = launch.Sender(device, size)
+            with ExitStack() as opened, suppress(Empty):
+                opened.callback(sender.finish)  # also after an error: copies under way read the buffers
+                while not stop.is_set():
+                    tensor, array, first = todo.get_nowait()
+                    if tensor.path not in files:
+                        files[tensor.path] = opened.enter_context(_opened(tensor.path))
+                    memory = sender.buffer()[: tensor.nbytes - first]
+                    _read_into(files[tensor.path], tensor.offset + first, memory)
+                    sender.send(array, first, len(memory))
+                    done.put(len(memory))
+        except BaseException as error:
+            done.put(error)
+        finally:
+            done.put(None)
 
-    def close(self) -> None:
-        self.path, self.file, self.touched = None, None, 0
+    def filled() -> Iterator[int]:
+        running = count
+        while running:
+            item = done.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+
+    threads = [threading.Thread(target=work, name="cuqwen-weights") for _ in range(count)]
+    try:
+        for thread in threads:
+            thread.start()
+        yield filled()
+    finally:
+        stop.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
 
 
 def _survey(folder: Path, config: Config) -> dict[str, _Tensor]:
@@ -237,7 +315,7 @@ def _survey(folder: Path, config: Config) -> dict[str, _Tensor]:
     wrong: dict[str, list[str]] = {"unexpected": [], "misshaped": [], "found twice": [], "not BF16, F16 or F32": []}
     for tensor in _stored_tensors(files):
         name = _full_name(tensor.stored_name)
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             wrong["not BF16, F16 or F32"].append(f"{name} ({tensor.dtype})")
         if name not in allowed:
             wrong["unexpected"].append(name)
@@ -263,11 +341,16 @@ def _survey(folder: Path, config: Config) -> dict[str, _Tensor]:
 def _stored_tensors(files: Iterable[Path]) -> Iterator[_Tensor]:
     """What the headers say, in the order of the data, without the rotary buffers."""
     for path in files:
-        file = _open(path)
-        for stored_name in getattr(file, "offset_keys", file.keys)():  # offset_keys came with safetensors 0.6
+        _check_file(path)
+        with _opened(path) as file:
+            header = bytearray(int.from_bytes(file.read(8), "little"))
+            _read_into(file, 8, memoryview(header))
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        for stored_name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             if not stored_name.endswith("rotary_emb.inv_freq"):
-                view = file.get_slice(stored_name)
-                yield _Tensor(path, stored_name, tuple(view.get_shape()), view.get_dtype())
+                offset = 8 + len(header) + entry["data_offsets"][0]
+                yield _Tensor(path, offset, stored_name, tuple(entry["shape"]), entry["dtype"])
 
 
 def _full_name(stored_name: str) -> str:
@@ -311,13 +394,12 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     return files
 
 
-def _open(path: Path) -> "safe_open":
-    """Maps the file. The mapping ends when neither this object nor one of its slices is alive any more."""
-    import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors asks for it by name)
+def _check_file(path: Path) -> None:
+    """Whether the header is what the format asks for and fits the file, which the format's own library knows best."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(path, framework="numpy")
+        safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(_unreadable(path, error)) from error
 
@@ -367,9 +449,8 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _check_copy(embedding: _Tensor, copy: _Tensor) -> None:
     """With tied embeddings a stored lm_head.weight must equal the embedding; raises CheckpointError if it does not."""
-    readers = _Reader(), _Reader()
     for start, stop in embedding.chunks():
-        a, b = readers[0].read(embedding, start, stop), readers[1].read(copy, start, stop)
+        a, b = _rows(embedding, start, stop), _rows(copy, start, stop)
         if a.dtype == b.dtype:  # as bits, which is fast
             differ = a.view(f"u{a.itemsize}") != b.view(f"u{b.itemsize}")
         else:

@@ -4,16 +4,18 @@
 //     out[t, h] = sum_j softmax(s)[j] values[j, h K/H]
 //
 // Entry points attention_1, _2, _4    a block that many query heads of one key head, so that they read its rows once: the
-//                                     lowest that is not below H/K, else 4
-// Arguments    out        [T, H, D]  float32; may be q
-//              q          [T, H, D]  float32
+//                                     lowest that is not below H/K, else 4. More than two go to attention_group where it
+//                                     serves their keys, and more than a few queries to attention_mma
+// Arguments    out        [T, H, D]  float32, 16-byte aligned; may be q
+//              q          [T, H, D]  float32, 16-byte aligned
 //              keys       [S, K, D]  KV_TYPE, 16-byte aligned
 //              values     [S, K, D]  KV_TYPE, 16-byte aligned
 //              positions  [T]        int32; query t sees rows 0..positions[t]; one outside 0..S-1 gives NaN
 //              H, K, S               int32, H a multiple of K
-//              scale                 float32, 1/sqrt(D)
-//              partial    [T, H, Z, D] float32, scratch: sums of exp(s - top) v over the keys of a share; null if Z = 1
-//              share      [T, H, Z, 2] float32, scratch: top = the share's largest score, and sum of exp(s - top); likewise
+//              scale                 float32, log2(e) / sqrt(D): weights are powers of two
+//              partial    [T, H, Z, D] float32, scratch: sums of 2^(s - top) v over the keys of a share; null if Z = 1
+//              share      [T, H, Z, 2] float32, scratch: top = the share's largest score in units of log 2, and the sum of
+//                                    2^(s - top); likewise
 //              counters   [T ceil(H/K / heads) K] int32, zeros, and left so; likewise
 // Constants    KV_TYPE               bf16 | f16 | f32      HEAD_DIM  D, a multiple of 8 from 8 to 256
 // Work         256 threads; D/8 lanes, rounded up to a power of two, share a key, and four keys for each group of lanes are a
@@ -27,6 +29,7 @@
 //              nothing but its own row and the cache. Z follows from T, H, K and S
 // Limits       Z > 1: T K ceil(H/K / heads) <= 4096, launch.workspace()
 // Wrapper cuda.attention · truth reference.attention · test tests/test_ops.py · benchmark benchmarks/ops.py
+#include "attention_shares.cuh"
 #include "common.cuh"
 
 constexpr int D = HEAD_DIM;
@@ -55,10 +58,8 @@ template <int HEADS>
 __device__ __forceinline__ void attend(float* out, const float* q, const KV_TYPE* keys, const KV_TYPE* values,
                                        const int* __restrict__ positions, int H, int K, int S, float scale, float* partial,
                                        float2* share, int* counters) {
-    constexpr int TURN = 4, TILE = GROUPS * TURN;  // keys of a group at a time, of a block
+    constexpr int TURN = 4, TILE = GROUPS * TURN, AHEAD = 4;  // keys of a group at a time, of a block; tiles
     __shared__ float sums[GROUPS][HEADS][D], maxima[WARPS][HEADS], weights[WARPS][HEADS];
-    __shared__ float factors[64][HEADS];  // of the shares
-    __shared__ bool is_last;
     const auto add = [](float a, float b) { return a + b; };
     const auto larger = [](float a, float b) { return fmaxf(a, b); };
     const int warp = threadIdx.x / 32, group = threadIdx.x / LANES, lane = threadIdx.x % LANES, first = lane * 8;
@@ -74,9 +75,10 @@ __device__ __forceinline__ void attend(float* out, const float* q, const KV_TYPE
         return;
     }
     if ((int)blockIdx.z >= Z) return;
-    // Rows that are to come from memory set off while the launch before this one ends; they may be written until it has.
+    // Rows that are to come from memory set off while the launch before this one ends; they may be written until it has. No
+    // more of them than L2 holds.
     constexpr int LINES = (D * (int)sizeof(KV_TYPE) + 127) / 128;
-    for (int j0 = blockIdx.z * TILE; j0 <= last; j0 += Z * TILE)
+    for (int j0 = blockIdx.z * TILE, n = 0; n < AHEAD && j0 <= last; j0 += Z * TILE, n++)
         for (int i = threadIdx.x; i < TILE * LINES && j0 + i / LINES <= last; i += THREADS) {
             const size_t at = (j0 + i / LINES) * row + (size_t)kv * D + i % LINES * (128 / sizeof(KV_TYPE));
             prefetch_l2(keys + at), prefetch_l2(values + at);
@@ -126,10 +128,10 @@ __device__ __forceinline__ void attend(float* out, const float* q, const KV_TYPE
             float top = maximum[h];
 #pragma unroll
             for (int u = 0; u < TURN; u++) top = fmaxf(top, p[u][h]);
-            const float shrink = expf(maximum[h] - top);
+            const float shrink = exp2f(maximum[h] - top);
             maximum[h] = top, weight[h] *= shrink;
 #pragma unroll
-            for (int u = 0; u < TURN; u++) weight[h] += p[u][h] = expf(p[u][h] - top);
+            for (int u = 0; u < TURN; u++) weight[h] += p[u][h] = exp2f(p[u][h] - top);
 #pragma unroll
             for (int i = 0; i < 8; i++) acc[h][i] *= shrink;
         }
@@ -155,7 +157,7 @@ __device__ __forceinline__ void attend(float* out, const float* q, const KV_TYPE
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
         for (int w = 0; w < WARPS; w++) top[h] = fmaxf(top[h], maxima[w][h]);  // finite: each share has a key
-        const float shrink = expf(maximum[h] - top[h]), its = reduce<LANES, 32>(weight[h] * shrink, add);
+        const float shrink = exp2f(maximum[h] - top[h]), its = reduce<LANES, 32>(weight[h] * shrink, add);
         if (threadIdx.x % 32 == 0) weights[warp][h] = its;
         if (owns)
 #pragma unroll
@@ -179,47 +181,7 @@ __device__ __forceinline__ void attend(float* out, const float* q, const KV_TYPE
             if (e % D == 0) __stcg(share + (head0 + h) * gridDim.z + blockIdx.z, make_float2(its, total));
         }
     }
-    if (Z == 1) return;
-    __syncthreads();
-    if (warp == 0) {
-        const bool answer = is_last_block(counters + blockIdx.x * gridDim.y + blockIdx.y, Z);
-        if (threadIdx.x == 0) is_last = answer;
-    }
-    __syncthreads();
-    if (!is_last) return;
-    // What the shares hold of this thread's first element travels while their factors are found: a warp a head
-    constexpr int BATCH = 16;
-    float parts[BATCH];
-    const auto fetch = [&](int e, int z0) {
-        const float* const from = partial + ((head0 + e / D) * gridDim.z + z0) * D + e % D;
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) parts[i] = z0 + i < Z ? __ldcg(from + i * D) : 0.0f;
-    };
-    if (threadIdx.x < heads * D) fetch(threadIdx.x, 0);
-    for (int h = warp; h < heads; h += WARPS) {
-        const float2* const its = share + (head0 + h) * gridDim.z;
-        float top = MINUS_INFINITY, total = 0.0f;
-        for (int z = threadIdx.x % 32; z < Z; z += 32) top = fmaxf(top, __ldcg(its + z).x);
-        top = reduce<1, 32>(top, larger);
-        for (int z = threadIdx.x % 32; z < Z; z += 32) {
-            const float2 s = __ldcg(its + z);
-            factors[z][h] = expf(s.x - top);
-            total = fmaf(s.y, factors[z][h], total);
-        }
-        total = reduce<1, 32>(total, add);
-        for (int z = threadIdx.x % 32; z < Z; z += 32) factors[z][h] /= total;
-    }
-    __syncthreads();
-    for (int e = threadIdx.x; e < heads * D; e += THREADS) {
-        float sum = 0.0f;
-        for (int z0 = 0; z0 < Z; z0 += BATCH) {
-            if (e >= THREADS || z0) fetch(e, z0);
-#pragma unroll
-            for (int i = 0; i < BATCH; i++)
-                if (z0 + i < Z) sum = fmaf(parts[i], factors[z0 + i][e / D], sum);
-        }
-        out[head0 * D + e] = sum;
-    }
+    if (Z > 1) merge_shares<D, THREADS, HEADS>(out, partial, share, head0, heads, Z, counters);
 }
 
 #define PARAMETERS                                                                                                     \

@@ -2,13 +2,17 @@
 // through which the producer warp streams them.
 #pragma once
 
-// Rows `first` to `last` - 1 of a matrix, dealt out evenly in pieces of UNIT of them: of 4 where whole tiles of 8 would come out
-// unevenly (2,560 rows over 132 blocks: 24 instead of 20 the most). The layer turns the deal so that no block has the longer end in each.
-template <int UNIT> struct Deal {
+// Blocks that have a share of the layers: all, or all but the last one, which then chooses the tokens.
+__device__ __forceinline__ unsigned workers() { return gridDim.x - SAMPLED; }
+__device__ __forceinline__ bool works() { return blockIdx.x < workers(); }
+
+// Rows `first` to `last` - 1 of a matrix, dealt out evenly to `blocks` blocks in pieces of `unit` of them: of 4 where whole tiles of 8 would
+// come out unevenly (2,560 rows over 132 blocks: 24 instead of 20 the most). The layer turns the deal so that no block has the longer end in each.
+struct Deal {
     int first, last;
-    __device__ Deal(int rows, int turn) {
-        const unsigned b = (blockIdx.x + turn) % gridDim.x, units = rows / UNIT;
-        first = b * units / gridDim.x * UNIT, last = (b + 1) * units / gridDim.x * UNIT;
+    __device__ Deal(int rows, unsigned turn, int unit, unsigned blocks = workers()) {
+        const unsigned b = (blockIdx.x + turn) % blocks, units = (rows + unit - 1) / unit;
+        first = min(rows, int(b * units / blocks * unit)), last = min(rows, int((b + 1) * units / blocks * unit));
     }
     __device__ int size() const { return last - first; }
 };
@@ -18,7 +22,7 @@ struct Share {
     int shift, unit, split, first, last;
     __device__ explicit Share(int cached) {
         shift = 0;  // 2^shift blocks share them, each with SPLIT_KEYS or more
-        while (2 << shift <= MAX_SPLITS && (2 << shift) * UNITS <= int(gridDim.x) && 2 * SPLIT_KEYS << shift < cached) shift++;
+        while (2 << shift <= MAX_SPLITS && (2 << shift) * UNITS <= int(workers()) && 2 * SPLIT_KEYS << shift < cached) shift++;
         unit = blockIdx.x % UNITS, split = blockIdx.x / UNITS;
         const int each = (cached + (1 << shift) - 1) >> shift;
         first = min(cached, split * each), last = min(cached, first + each);
@@ -31,11 +35,20 @@ struct Share {
 struct Ring {
     unsigned char* slots;
     mbarrier *full, *empty;
+    mbarrier* chosen;          // a phase for each token but the last
+    const volatile int* over;  // not 0: nobody will use what is still to come
     int slot = 0;
     unsigned parity = 0;
     int in_flight = 1;  // frames that may be on their way, and one more when the ring runs low
     __device__ void next() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
+    // Until the token before the n-th is chosen, n from 1 on. Streaming on meanwhile, into all of the ring, delays what the choice waits for: on
+    // an H100 by LATER us.
+    __device__ void wait_for_choice(int n) const {
+        if (n == 0) return;
+        while (!*over && !mbarrier_try_wait(chosen, n + 1 & 1)) {}
+        fence_proxy_async_all();  // bulk copies of keys and values that other blocks have written
     }
     // Whether LOW frames or fewer wait to be used: the slot that is then free is.
     __device__ bool runs_low() const {
@@ -49,9 +62,11 @@ struct Ring {
         const int earlier = slot - frames + (wrapped ? SLOTS : 0);
         while (!mbarrier_try_wait(full + earlier, parity ^ unsigned(wrapped))) {}
     }
-    // The next frame, once it is free and may be sent for, with `bytes` announced. The whole producer warp.
+    // The next frame, once it is free and may be sent for, with `bytes` announced; null if none will be free. The whole producer warp.
     __device__ unsigned char* take(unsigned bytes) const {
-        while (!mbarrier_try_wait(empty + slot, parity ^ 1)) {}
+        bool free = false;
+        while (!free && !*over) free = mbarrier_try_wait(empty + slot, parity ^ 1);
+        if (!__all_sync(0xffffffffu, free)) return nullptr;
         wait_for_landing(in_flight + runs_low());
         if (threadIdx.x % 32 == 0) mbarrier_arrive_expect(full + slot, bytes);
         __syncwarp();
@@ -64,7 +79,7 @@ struct Ring {
 // 1,462, 1,183, 1,198, 1,246; 8B, 178 frames, -, 5,296, 5,142, 5,210.
 __device__ __forceinline__ int in_flight(const Share& keys) {
     constexpr long long LAYER = 1ll * QKV * C + HD * C + 3ll * F * C;
-    const int frames = int(LAYER / (ROWS * SEGMENT) / gridDim.x) + keys.frames();
+    const int frames = int(LAYER / (ROWS * SEGMENT) / workers()) + keys.frames();
     return frames < 20 ? 1 : frames < 70 ? 2 : 3;
 }
 constexpr int HEAD_IN_FLIGHT = 4;  // nobody waits for words there
@@ -77,6 +92,7 @@ template <int COLUMNS> __device__ __forceinline__ void produce(Ring& ring, const
     for (int s = 0; s < N; s++) {
         const int columns = N == 1 ? COLUMNS : min(SEGMENT, COLUMNS - s * SEGMENT);
         unsigned char* slot = ring.take(count * columns * 2);
+        if (!slot) return;
         if (N == 1) {  // rows follow one another: one copy, 4 % faster than eight on an H100
             if (lane == 0) bulk_copy_once(slot, rows, count * COLUMNS * 2, ring.full + ring.slot);
         } else if (lane < count) {
@@ -94,6 +110,7 @@ __device__ __forceinline__ void produce_keys(Ring& ring, const Share& mine, cons
 #pragma unroll 1
     for (int row = mine.first; row < mine.last; row += FRAME_KEYS) {
         unsigned char* slot = ring.take(SLOT);
+        if (!slot) return;
         if (lane < 2 * BOXES)
             bulk_copy_2d(slot + lane * BOX, lane < BOXES ? keys : values, (mine.kv() * BOXES + lane % BOXES) * COLUMNS, first_row + row,
                          ring.full + ring.slot);
@@ -107,15 +124,15 @@ __device__ __forceinline__ const W_TYPE* qkv_rows(const u64* table, int layer, i
     return array<W_TYPE>(table, layer, which) + (size_t)(row - first) * C;
 }
 
-__device__ void produce_all(Ring& ring, const u64* table, const W_TYPE* lm_head, int V, int cached, const TensorMap* keys,
-                            const TensorMap* values, int S) {
+// For the n-th token of a launch, from 0 on, with `cached` tokens before it.
+__device__ __forceinline__ void produce_layers(Ring& ring, int n, const u64* table, int cached, const TensorMap* keys, const TensorMap* values, int S) {
     const Share mine(cached);
     ring.in_flight = in_flight(mine);
 #pragma unroll 1
-    for (int l = 0; l < L; l++) {
-        const Deal<ROWS> qkv(QKV, l);
-        const Deal<4> vector(C, l), ffn(F, l);
+    for (int l = 0; l < L && !*ring.over; l++) {
+        const Deal qkv(QKV, l, ROWS), vector(C, l, 4), ffn(F, l, 4);
         for (int r = qkv.first; r < qkv.last; r += ROWS) produce<C>(ring, qkv_rows(table, l, r));
+        if (l == 0) ring.wait_for_choice(n);
         if (mine.exists()) produce_keys(ring, mine, keys, values, l * S);
         for (int r = vector.first; r < vector.last; r += ROWS)
             produce<HD>(ring, array<W_TYPE>(table, l, O_PROJ) + (size_t)r * HD, min(ROWS, vector.last - r));
@@ -126,7 +143,10 @@ __device__ void produce_all(Ring& ring, const u64* table, const W_TYPE* lm_head,
         for (int r = vector.first; r < vector.last; r += ROWS)
             produce<F>(ring, array<W_TYPE>(table, l, DOWN) + (size_t)r * F, min(ROWS, vector.last - r));
     }
-    const Deal<ROWS> head(V, 0);
+}
+
+__device__ __forceinline__ void produce_head(Ring& ring, const W_TYPE* lm_head, const Deal& head) {
     ring.in_flight = HEAD_IN_FLIGHT;
+#pragma unroll 1
     for (int r = head.first; r < head.last; r += ROWS) produce<C>(ring, lm_head + (size_t)r * C);
 }

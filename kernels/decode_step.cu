@@ -1,38 +1,46 @@
-// decode_step: one token through the whole network in one launch; the same mathematics as the operations, one after another
+// decode_step: tokens of one sequence, each chosen by the one before it: whole steps through the network in one launch; the same mathematics
+// as the operations, one after another
 //
 // Entry point  decode_step            always; gridDim.x blocks that must all be resident at once (one a multiprocessor)
 // Needs        sm_90
-// Arguments    logits    [V]  float32, of the token after the given one
-//              ids       [2]  int32: the token, replaced by the arg-max of the logits below n_ids, the lowest id among equals, or by -1 where
-//                             they leave none (NaN, +inf, or all -inf); and 1 from when a block gave up waiting, after which no
-//                             launch does anything
-//              position  [1]  int32, its position p, 0..S-1; replaced by p + 1. A token or a position that does not exist
-//                             gives logits of NaN and no cached row
+// Arguments    logits    [V]  float32, of the last token
+//              ids       [2]  int32: the token to begin with, replaced by the last one chosen, -1 where the logits leave none (NaN, +inf, or all
+//                             -inf); and 0 if more may follow, ENDED, or LOST from when a block gave up waiting, after which no launch does anything
+//              position  [1]  int32, its position p, 0..S-1; replaced by that of ids[0]. A token or a position that does not exist
+//                             gives logits of NaN, no choice and no cached row
+//              tokens    [S + 1]  int32, memory of the host: the token chosen for position q appears at q as soon as it is known
+//              halt      [1]  int32, memory of the host: not 0 ends the launch after this token or the next
+//              ends      [n_ends <= 32]  int32: after one of these tokens nothing follows
 //              addresses [L, 14]  addresses of each layer's arrays, in the order of `enum Array`; 0 where a layer has none
 //              embed     [V, C], lm_head [V, C]  W_TYPE        norm [C]  float32
-//              cos, sin  [P, D/2]  float32, P > p
+//              cos, sin  [P, D/2]  float32, P >= S
 //              keys, values  [L, S, K, D]  KV_TYPE; row p of each layer is written
 //              key_map, value_map  boxes of FRAME_KEYS rows and 128 bytes of them as [L S, K D] (launch.tensor_map)
 //              words     exchange_words() 8-byte words, zero before the first launch and left to this kernel afterwards
-//              epoch     [1]  uint32, 1 before the first launch, counted up by each; 0 once a block gave up
+//              epoch     [1]  uint32, 1 before the first launch, counted up by each token; 0 once a block gave up
 //              V, n_ids, S  int32       eps  float32
+//              count     int32, tokens at most, 1 or more      fresh  int32: 0 does nothing if the launch before has ENDED
+//              step .. frequency  as of sample.cu, N = n_ids; null and 0 unless SAMPLED
 // Constants    LAYERS L, HIDDEN C, HEADS H, KV_HEADS K, HEAD_DIM D (64 or 128), FFN F; C, H D and F multiples of 64, V of 8
 //              W_TYPE bf16, KV_TYPE bf16 | f16 | f32, QK_NORM and QKV_BIAS 0 | 1, UNIT_HEADS query heads that attend together,
-//              SLOTS of 16 KB in the ring
+//              SLOTS of 16 KB in the ring, SAMPLED 0: the arg-max of the logits below n_ids, the lowest id among equals, 1: as sample.cu chooses
 // Work         8 consumer warps and one producer warp a block. A matrix is dealt out in tiles of 8 rows, the last of a block
 //              often of 4; a block's tiles of a token, and between them its share of the cached keys and values, follow one another in an
-//              order that no value decides, so the producer streams them through the ring without a pause at stages or layers,
+//              order that no value decides, so the producer streams them through the ring without a pause at stages, layers or tokens,
 //              few of them on their way at a time (decode_ring.cuh). A consumer warp owns 128 columns of every 1024: it waits for just these
 //              values of the vector, multiplies all rows by them on the tensor cores, and the 8 partial sums of a row meet in shared memory.
-// Exchange     between blocks by words {float32 value, tag}: a reader polls the very word that it needs, and no fence,
+// Exchange     between blocks by words {float32 value, tag}: a reader polls the very word that it needs, and no
 //              counter or barrier of the grid exists. Five exchanges a layer (vector, qkv, attention, vector, activation), one
-//              more where a head's keys are shared out. A word is written again only after everybody has passed it:
-//              each block publishes in each exchange of the vector, and all wait for all of them.
+//              more where a head's keys are shared out, one for the choice. A word is written again only after everybody has passed it:
+//              each block publishes in each exchange of the vector and of the choice, and all wait for all of them. Fences: one a token, before
+//              the last exchange of the vector, for the new keys and values, which others' bulk copies read for the next token.
+// Choice       arg-max: every block publishes its best and finds the best of all. SAMPLED: every block looks at the groups of logits that it
+//              has computed, and the last block, which has no part in the layers, chooses.
 // Precision    as the operations: float32 everywhere, one rounding where k and v are stored. A float32 factor of a product is the
 //              exact sum of three bf16 parts, each multiplied on the tensor cores; the parts are rows of one fragment.
 // Error bound  that of the operations
-// Traffic      all weights once and 2 L p K D sizeof(KV_TYPE) bytes of cache
-// Determinism  fixed order of summation; the split of the keys follows from p, and nothing from timing
+// Traffic      a token: all weights once and 2 L p K D sizeof(KV_TYPE) bytes of cache
+// Determinism  fixed order of summation; the split of the keys follows from p, and nothing from timing but after how many tokens `halt` ends
 // Limits       UNITS = H / UNIT_HEADS <= gridDim.x <= C / 4 <= 16 gridDim.x. A block that waits longer than 2 s goes on with what it has.
 //              Finite weights: an infinite one gives NaN, as do values above 3.39e38
 // Wrapper decode_step.DecodeStep · truth the operations · test tests/test_decode_step.py · benchmark benchmarks/decode.py
@@ -52,9 +60,11 @@ static_assert(CH + 2 <= WARPS, "");
 
 enum Array { INPUT_NORM, Q_PROJ, K_PROJ, V_PROJ, Q_BIAS, K_BIAS, V_BIAS, Q_NORM, K_NORM, O_PROJ, POST_NORM, GATE, UP, DOWN, ARRAYS };
 
-// The words of each exchange.
+// The words of each exchange. CHOSEN: the token and whether it is the last, BEST: each block's, or that it is done, TOPS: see take_tops.
+constexpr int MAX_BLOCKS = 1024, MAX_GROUPS = 2048;
 constexpr int AFTER_O = 0, AFTER_DOWN = AFTER_O + C, PROJECTED = AFTER_DOWN + C, ATTENDED = PROJECTED + QKV,
-              ACTIVATION = ATTENDED + HD, SHARES = ACTIVATION + F, BEST = SHARES + UNITS * MAX_SPLITS * (SHARE + 2 * CH);
+              ACTIVATION = ATTENDED + HD, SHARES = ACTIVATION + F, CHOSEN = SHARES + UNITS * MAX_SPLITS * (SHARE + 2 * CH),
+              BEST = CHOSEN + 2, TOPS = BEST + 2 * MAX_BLOCKS, LOGITS = TOPS + 2 * MAX_GROUPS;
 
 __host__ __device__ constexpr int segments(int k) { return (k + SEGMENT - 1) / SEGMENT; }
 
@@ -65,16 +75,53 @@ template <class T> __device__ __forceinline__ const T* array(const u64* table, i
 #include "decode_ring.cuh"
 #include "decode_vector.cuh"
 
+__device__ __forceinline__ void block_barrier() { named_barrier(1, CONSUMERS); }
+
+#if SAMPLED
+// By words, as blocks exchange all else. Called for what is sure to come.
+struct Logits {
+    const u64* words;
+    unsigned tag;
+    // out[i] = that of ids[i], -inf from `end` on.
+    template <int N> __device__ __forceinline__ void get(const int (&ids)[N], int end, float (&out)[N]) const {
+        bool ready = false;
+#pragma unroll 1
+        while (!ready) {
+            u64 word[N];
+#pragma unroll
+            for (int i = 0; i < N; i++) word[i] = ids[i] < end ? load_relaxed(words + ids[i]) : 0;
+            ready = true;
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                ready &= ids[i] >= end || unsigned(word[i] >> 32) == tag;
+                out[i] = ids[i] < end ? __uint_as_float(unsigned(word[i])) : MINUS_INFINITY;
+            }
+        }
+    }
+};
+
+
+#include "sample_draw.cuh"
+static_assert(CONSUMERS == sampling::THREADS && sizeof(sampling::Shared) <= SLOTS * SLOT, "");
+#endif
+
 struct Shared {
-    mbarrier full[SLOTS], empty[SLOTS];
+    mbarrier full[SLOTS], empty[SLOTS], chosen;
     alignas(16) float part[2][PASS * ROWS * PITCH], squares[2][WARPS];
     unsigned scratch[WARPS][12 * 8];
     u64 table[L * ARRAYS];
     float cos[D / 2], sin[D / 2];
     float query[CH][D], key[D], value[D];
     float merge[WARPS][SHARE], top[CH][WARPS], weight[CH][WARPS];
-    u64 best[WARPS];
-    int lost, known;  // known: token and position exist
+    u64 best[2][WARPS];
+    int position, left, lost, known, over;  // left: tokens, this one included; known: token and position exist; over: no token follows
+    unsigned turn;
+    int ends[32];
+    unsigned tops[PASS * ROWS / 32];
+#if SAMPLED
+    sampling::Random random;
+#endif
+    unsigned halted;
 };
 
 #include "decode_attention.cuh"
@@ -89,7 +136,7 @@ struct Consumer {
     __device__ int warp() const { return opaque(threadIdx.x / 32); }
     __device__ int lane() const { return opaque(threadIdx.x % 32); }
 
-    __device__ void barrier() { named_barrier(1, CONSUMERS); }
+    __device__ void barrier() { block_barrier(); }
 
     // `rows` rows of a matrix times v, or of TOGETHER matrices whose tiles take turns, at most PASS tiles between two barriers; then
     // finish(first row, rows, sums) with sums[row PITCH].
@@ -163,62 +210,24 @@ struct Consumer {
 
 __device__ __forceinline__ float inverse_rms(const float* squares, float eps) { return inverse_sqrt(sum_warps(squares) / C + eps); }
 
-constexpr int NO_CHOICE = -1;  // in the place of a token id
-constexpr unsigned RANK_OF_INFINITY = 0x7f800000u | 0x80000000u;  // of +inf; NaN has a larger one, -inf its complement
+#include "decode_choice.cuh"
 
-// Larger is better: NaN first, then by value, then the lower id.
-__device__ __forceinline__ u64 rank(float logit, int id) {
-    const unsigned bits = __float_as_uint(logit == 0.0f ? 0.0f : logit);
-    const unsigned key = logit != logit ? 0xfffffffeu : bits >> 31 ? ~bits : bits | 0x80000000u;
-    return (u64)key << 32 | ~(unsigned)id;
-}
+// What the layers of a token have in common.
+struct Token {
+    int id, position;
+    unsigned turn;  // tags of layer l's words are turn (L + 1) + l + 1
+    bool known, is_last;
+    __device__ unsigned tag(int l) const { return turn * (L + 1) + l + 1; }
+};
 
-__device__ __forceinline__ u64 warp_max(u64 x) {
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1) {
-        const u64 other = __shfl_xor_sync(0xffffffffu, x, offset);
-        x = other > x ? other : x;
-    }
-    return x;
-}
-
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)
-decode_step(float* __restrict__ logits, int* ids, int* position, const u64* __restrict__ addresses, const W_TYPE* __restrict__ embed,
-            const W_TYPE* __restrict__ lm_head, const float* __restrict__ norm, const float* __restrict__ cos,
-            const float* __restrict__ sin, KV_TYPE* keys, KV_TYPE* values, const __grid_constant__ TensorMap key_map,
-            const __grid_constant__ TensorMap value_map, u64* words, unsigned* epoch, int V, int n_ids, int S, float eps) {
-    DYNAMIC_SHARED(unsigned char, memory);
-    Shared& shared = *reinterpret_cast<Shared*>(memory + SLOTS * SLOT);
-    const int t = threadIdx.x, warp = t / 32, p = *position, id = *ids;
-    const unsigned turn = *epoch;
-    const bool known = id >= 0 && id < V && p >= 0 && p < S;
-    if (turn == 0 || C / ROWS > PASS * int(gridDim.x)) {
-        if (blockIdx.x == 0 && t == 0) ids[0] = NO_CHOICE, ids[1] = 1;
-        return;
-    }
-    if (t == 0) {
-        for (int s = 0; s < SLOTS; s++) mbarrier_init(shared.full + s, 1), mbarrier_init(shared.empty + s, WARPS);
-        fence_mbarrier_init();
-        shared.lost = 0, shared.known = known;
-    }
-    for (int i = t; i < L * ARRAYS; i += CONSUMERS + 32) shared.table[i] = addresses[i];
-    if (t < D / 2) shared.cos[t] = cos[(size_t)(known ? p : 0) * (D / 2) + t], shared.sin[t] = sin[(size_t)(known ? p : 0) * (D / 2) + t];
-    __syncthreads();
-    const u64* table = shared.table;
-    if (warp == WARPS) {
-        Ring ring{memory, shared.full, shared.empty};
-        produce_all(ring, table, lm_head, V, known ? p : 0, &key_map, &value_map, S);
-        return;
-    }
-    Consumer me{shared, Ring{memory, shared.full, shared.empty}, Patience{global_timer() + 2000000000ull}};
-    const W_TYPE* embedded = embed + (size_t)(known ? id : 0) * C;
-    u64 best = 0;
-
+__device__ __forceinline__ void run_layers(Consumer& me, const Token& token, const u64* table, const W_TYPE* embed, KV_TYPE* keys, KV_TYPE* values,
+                                           u64* words, int S, float eps) {
+    const int t = threadIdx.x, p = token.known ? token.position : 0;
+    const W_TYPE* embedded = embed + (size_t)(token.known ? token.id : 0) * C;
 #pragma unroll 1
     for (int l = 0; l < L; l++) {
-        const unsigned tag = turn * (L + 1) + l + 1;
-        const Deal<ROWS> qkv(QKV, l);
-        const Deal<4> vector(C, l), ffn(F, l);
+        const unsigned tag = token.tag(l);
+        const Deal qkv(QKV, l, ROWS), vector(C, l, 4), ffn(F, l, 4);
         const int mine = vector.first + t;  // this thread's element of the residual stream, if there are so many
         const bool has_element = t < vector.size();
         KV_TYPE *k = keys + (size_t)l * S * K * D, *v = values + (size_t)l * S * K * D;
@@ -236,10 +245,10 @@ decode_step(float* __restrict__ logits, int* ids, int* position, const u64* __re
                 publish(words + PROJECTED + r, a, tag);
             });
         }
-        attend(me, table, l, known ? p : 0, k, v, words, tag, eps);
+        attend(me, table, l, p, k, v, words, tag, eps);
         {  // output projection, residual added
             float before = 0.0f;
-            if (has_element) before = l ? read_word(words + AFTER_DOWN + mine, tag - 1, me.patience) : known ? to_float(embedded[mine]) : NOT_A_NUMBER;
+            if (has_element) before = l ? read_word(words + AFTER_DOWN + mine, tag - 1, me.patience) : token.known ? to_float(embedded[mine]) : NOT_A_NUMBER;
             Vector<HD> x;
             me.read<HD>(x, nullptr, words + ATTENDED, tag);
             me.multiply<HD>(x, vector.size(), [&](int, int rows, const float* part) {
@@ -259,6 +268,8 @@ decode_step(float* __restrict__ logits, int* ids, int* position, const u64* __re
         {  // down, residual added
             float before = 0.0f;
             if (has_element) before = read_word(words + AFTER_O + mine, tag, me.patience);
+            // the new keys and values, for bulk copies of others: these threads publish below
+            if (l == L - 1 && t < PASS * ROWS && !token.is_last) __threadfence(), fence_proxy_async_all();
             Vector<F> x;
             me.read<F>(x, nullptr, words + ACTIVATION, tag);
             me.multiply<F>(x, vector.size(), [&](int, int rows, const float* part) {
@@ -266,45 +277,119 @@ decode_step(float* __restrict__ logits, int* ids, int* position, const u64* __re
             });
         }
     }
-    {  // norm, logits
-        const Deal<ROWS> head(V, 0);
-        Vector<C> x;
-        const float* squares = me.share_squares(0, me.read<C>(x, norm, words + AFTER_DOWN, turn * (L + 1) + L));
-        me.multiply<C>(x, head.size(), [&](int first, int rows, const float* part) {
-            if (t >= rows) return;
-            const int r = head.first + first + t;
-            const float logit = sum_warps(part + t * PITCH) * inverse_rms(squares, eps);
-            logits[r] = logit;
-            if (r < n_ids) best = max(best, rank(logit, r));
-        });
-    }
+}
 
-    const unsigned tag = turn * (L + 1) + L;
-    if (me.patience.lost) shared.lost = 1;
-    best = warp_max(best);
-    if (t % 32 == 0) shared.best[warp] = best;
-    me.barrier();
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)
+decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, const int* halt, const int* __restrict__ ends,
+            const u64* __restrict__ addresses, const W_TYPE* __restrict__ embed, const W_TYPE* __restrict__ lm_head,
+            const float* __restrict__ norm, const float* __restrict__ cos, const float* __restrict__ sin, KV_TYPE* keys, KV_TYPE* values,
+            const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map, u64* words, unsigned* epoch, int V,
+            int n_ids, int S, float eps, int n_ends, int count, int fresh, int* step, int* history, unsigned* tops, u64* maxima, double* sums,
+            double* relative, const double* uniforms, int shift, int segments, int U, int top_k, double temperature, double inverse,
+            double top_p, double min_p, double repetition, double presence, double frequency) {
+    DYNAMIC_SHARED(unsigned char, memory);
+    Shared& shared = *reinterpret_cast<Shared*>(memory + SLOTS * SLOT);
+    const int t = threadIdx.x, first_position = *position;
+    const unsigned first_turn = *epoch;
+    int id = *ids;
+    const bool known = id >= 0 && id < V && first_position >= 0 && first_position < S;
+    if (first_turn == 0 || C / ROWS > PASS * int(workers())) {
+        if (blockIdx.x == 0 && t == 0) ids[0] = NO_CHOICE, ids[1] = LOST;
+        return;
+    }
+    if (!fresh && ids[1] == ENDED) return;
     if (t == 0) {
-        for (int w = 1; w < WARPS; w++) best = max(best, shared.best[w]);
-        if (shared.lost) best = ~0ull;
-        store_relaxed2(words + BEST + 2 * blockIdx.x, (u64)tag << 32 | best >> 32, (u64)tag << 32 | (best & 0xffffffffu));
+        for (int s = 0; s < SLOTS; s++) mbarrier_init(shared.full + s, 1), mbarrier_init(shared.empty + s, WARPS);
+        mbarrier_init(&shared.chosen, 1);
+        fence_mbarrier_init();
+        shared.lost = 0, shared.over = 0, shared.known = known, shared.position = first_position, shared.turn = first_turn, shared.left = count;
     }
-    if (blockIdx.x || warp) return;
-    best = 0;
-    for (int b = t; b < int(gridDim.x); b += 32) {
-        const u64* const pair[1] = {words + BEST + 2 * b};
-        float both[1][2];
-        read_pairs<1>(pair, tag, both, me.patience);
-        best = max(best, (u64)__float_as_uint(both[0][0]) << 32 | __float_as_uint(both[0][1]));
+    if (t < PASS * ROWS / 32) shared.tops[t] = 0;
+    if (t < 32) shared.ends[t] = t < n_ends ? ends[t] : NO_CHOICE;
+    for (int i = t; i < L * ARRAYS; i += CONSUMERS + 32) shared.table[i] = addresses[i];
+    const auto turn_by = [&](int p) {
+        if (t < D / 2) shared.cos[t] = cos[(size_t)p * (D / 2) + t], shared.sin[t] = sin[(size_t)p * (D / 2) + t];
+    };
+    turn_by(known ? first_position : 0);
+    __syncthreads();
+    const auto rows_of_head = [&] { return Deal(opaque(V), 0, SAMPLED ? 1 << shift : ROWS, gridDim.x); };
+    Ring ring{memory, shared.full, shared.empty, &shared.chosen, &shared.over};
+    if (t >= CONSUMERS) {
+#pragma unroll 1
+        for (int n = 0; n < count && !*ring.over; n++) {
+            const int p = first_position + n;
+            if (works()) produce_layers(ring, n, shared.table, (n ? p < S : known) ? p : 0, &key_map, &value_map, S);
+            else ring.wait_for_choice(n);
+            produce_head(ring, lm_head, rows_of_head());
+        }
+        for (int frames = 1; frames <= SLOTS; frames++) ring.wait_for_landing(frames);  // not in a block that has ended
+        return;
     }
-    best = warp_max(best);
-    const bool lost = __any_sync(0xffffffffu, me.patience.lost) || best == ~0ull;
-    if (t) return;
-    const unsigned key = unsigned(best >> 32);
-    ids[0] = lost || key >= RANK_OF_INFINITY || key <= ~RANK_OF_INFINITY ? NO_CHOICE : int(~(unsigned)best);
-    if (lost) ids[1] = 1;
-    *position = p + 1;
-    // After a launch that lost a block nothing is as it should be, and that block may begin only now: it and all later launches end
-    // at once, before they leave words that somebody could take for their own.
-    *epoch = lost ? 0 : turn + 1;
+    Consumer me{shared, ring, Patience{}};
+#if SAMPLED
+    const auto inputs = [&](unsigned tag) {
+        const sampling::Settings set = {temperature, inverse, top_p, min_p, repetition, presence, frequency, top_k < n_ids ? top_k : 0};
+        return sampling::Inputs{set, {words + LOGITS, tag}, step, history, tops, maxima, sums, relative, uniforms, n_ids, shift, segments, U};
+    };
+#endif
+
+#pragma unroll 1
+    while (true) {
+        const Token token{id, shared.position, shared.turn, bool(shared.known), shared.left == 1};
+        me.patience.deadline = global_timer() + 2000000000ull;
+        if (works()) run_layers(me, token, shared.table, embed, keys, values, words, S, eps);
+        const unsigned tag = token.tag(L - 1);
+#if SAMPLED
+        if (t == 0 && !works()) shared.random = sampling::Random(inputs(tag)), shared.halted = load_host(halt);
+#else
+        u64 best = 0;
+        const int halted = blockIdx.x == 0 && t == 0 ? load_host(halt) : 0;  // some microseconds before it is looked at
+#endif
+        {  // norm, logits
+            const Deal head = rows_of_head();
+            Vector<C> x;
+            const float* squares = me.share_squares(0, me.read<C>(x, norm, words + AFTER_DOWN, tag));
+            me.barrier();  // now this block has heard of everybody's new keys and values
+            if (t == 0 && !token.is_last) __threadfence();
+            if (!token.is_last && token.position + 1 < S) turn_by(token.position + 1);
+            if (t == CONSUMERS - 1) shared.known = token.position + 1 < S;
+            me.multiply<C>(x, head.size(), [&](int first, int rows, const float* part) {
+                if (t >= PASS * ROWS) return;
+                const int r = head.first + first + t;
+                float logit = 0.0f;
+                if (t < rows) logits[r] = logit = sum_warps(part + t * PITCH) * inverse_rms(squares, eps);
+#if SAMPLED
+                if (t < rows) publish(words + LOGITS + r, logit, tag);
+                if (by_tops(tops, history)) take_tops(shared.tops + t / 32, shift, n_ids, words, tag, head.first + first, rows, head.last, logit);
+#else
+                if (t < rows && r < n_ids) best = max(best, rank(logit, r));
+#endif
+            });
+        }
+        if (me.patience.lost) shared.lost = 1;
+#if SAMPLED
+        const Chosen chosen = choose_token(shared, me.patience, inputs(tag), rows_of_head(), words);
+#else
+        const Chosen chosen = choose_token(me, best, words, tag, halted);
+#endif
+        id = chosen.lost ? NO_CHOICE : chosen.id;
+        const bool over = chosen.halted || id == NO_CHOICE || __any_sync(0xffffffffu, id == shared.ends[t % 32]);
+        const bool ends_here = over || shared.left == 1;
+        if (blockIdx.x == 0 && t == 0) {
+            const int next = shared.position + 1;
+            if (next > 0 && next <= S) store_host(tokens + next, id);
+            if (ends_here) {
+                ids[0] = id, ids[1] = chosen.lost ? LOST : over ? ENDED : 0;
+                *position = next;
+                // After a launch that lost a block nothing is as it should be, and that block may begin only now: it and all later launches
+                // end at once, before they leave words that somebody could take for their own.
+                *epoch = chosen.lost ? 0 : shared.turn + 1;
+            }
+        }
+        if (ends_here) break;
+        me.barrier();
+        if (t == 0) shared.position++, shared.turn++, shared.left--, mbarrier_arrive(&shared.chosen);
+        me.barrier();
+    }
+    if (t == 0) shared.over = 1;
 }

@@ -9,8 +9,9 @@
 // `finish`, which gives every lane sums[r][t], of which those from `tokens` on mean nothing.
 // Lane l of part p takes elements 8 l + 256 (p + parts i) in ascending order, one float32 accumulator for each dot product,
 // so that a warp reads 512 contiguous bytes of bf16 weights a step and a sum depends on C and parts alone.
-// `wide` says that all rows are 16-byte aligned and C is a multiple of 8.
-template <int ROWS, int T, class X, class W>
+// `wide` says that all rows are 16-byte aligned and C is a multiple of 8. With AHEAD the constructor sets off 4 KB more for L2, so
+// that memory is not idle until x is there.
+template <int ROWS, int T, class X, class W, bool AHEAD = false>
 struct WarpDots {
     // steps under way at once: 16-byte loads of weights a lane
     static constexpr int LOADS = 4, STEPS = LOADS * 2 / (ROWS * (int)sizeof(W)) > 0 ? LOADS * 2 / (ROWS * (int)sizeof(W)) : 1;
@@ -32,6 +33,13 @@ struct WarpDots {
 #pragma unroll
         for (int s = 0; s < STEPS; s++)
             if (at + 256 * parts * s < C) load(s, at + 256 * parts * s);
+        if constexpr (AHEAD) {
+            constexpr int LINES = 2 * (int)sizeof(W);  // of a step of a row
+            const int line = threadIdx.x % 32, c = 256 * (part + parts * (STEPS + line / LINES)) + line % LINES * (128 / (int)sizeof(W));
+            if (line < 32 / ROWS && c < C)
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) prefetch_l2(rows[r] + c);
+        }
     }
 
     __device__ __forceinline__ void load(int step, int c) {

@@ -3,7 +3,7 @@
 // Entry points matmul_row             T = 1: `parts` warps two columns of out
 //              matmul_rows            T = 2 to 4: `parts` warps four columns of all rows; the weights stream once
 //              matmul_mma_wide, _middle, _few   more rows, bf16 weights, C a multiple of 8, x and weight 16-byte aligned: tensor
-//                                     cores, tiles of 128 x 128, 64 x 64 (x f32: 64 x 128) and 32 x 32; see cuda._choose
+//                                     cores, tiles of 128 x 128, 64 x 64 (x f32: 64 x 128) and 32 x 32; see tiles.choose
 //              matmul_wgmma_wide, _turns, _middle, _few   the same with x bf16 on Hopper, N a multiple of 16, out and residual
 //                                     16-byte aligned: tiles of 128 x 256, 128 x 128 and 128 x 64 (wgmma.cuh)
 //              matmul_tile            otherwise: a block a tile of 64 x 64 outputs
@@ -18,9 +18,9 @@
 // Constants    X_TYPE            bf16 | f32
 //              W_TYPE            bf16 | f16 | f32
 // Work         matmul_row(s): 8 warps a block; grid ceil(N parts / 16), rows: / 32; up to 512 bytes of shared memory
-//              matmul_mma_*: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: cuda._tiles
+//              matmul_mma_*: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: tiles.shapes
 //              matmul_wgmma_*: 384 threads; grid pairs of blocks, as many as there are or run at once: a block takes tile after
-//              tile; shared bytes: cuda._tiles
+//              tile; shared bytes: tiles.shapes
 //              matmul_tile: 256 threads, 4 x 4 outputs each; grid (ceil(N/64), ceil(T/64)); 16.6 KB of shared memory
 // Precision    products and sums in float32, nothing is rounded to the storage type; on tensor cores float32 x goes in
 //              three exact bf16 parts (mma.cuh)
@@ -39,9 +39,11 @@
 #include "mma.cuh"
 #include "wgmma.cuh"
 
-template <int COLUMNS, int MAX_T>
-__device__ __forceinline__ void few_rows(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ weight,
-                                         const float* residual, int T, int N, int C, int parts) {
+#define PARAMETERS_OF(X, W) float *out, X x, W weight, const float *residual, int T, int N, int C
+#define PARAMETERS PARAMETERS_OF(const X_TYPE *__restrict__, const W_TYPE *__restrict__)
+#define ARGUMENTS out, x, weight, residual, T, N, C
+
+template <int COLUMNS, int MAX_T> __device__ __forceinline__ void few_rows(PARAMETERS, int parts) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % MAX_T;
     const int first = COLUMNS * (blockIdx.x * (8 / parts) + warp / parts), n = first + lane / MAX_T;
     const bool wide = C % 8 == 0 && ((size_t)x | (size_t)weight) % 16 == 0;
@@ -61,20 +63,16 @@ __device__ __forceinline__ void few_rows(float* out, const X_TYPE* __restrict__ 
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-matmul_row(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ weight, const float* residual, int T,
-           int N, int C, int parts) {
-    few_rows<2, 1>(out, x, weight, residual, T, N, C, parts);
+matmul_row(PARAMETERS, int parts) {
+    few_rows<2, 1>(ARGUMENTS, parts);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)  // more blocks spill
-matmul_rows(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ weight, const float* residual, int T,
-            int N, int C, int parts) {
-    few_rows<4, 4>(out, x, weight, residual, T, N, C, parts);
+matmul_rows(PARAMETERS, int parts) {
+    few_rows<4, 4>(ARGUMENTS, parts);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-matmul_tile(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ weight, const float* residual, int T,
-            int N, int C) {
+extern "C" __global__ void __launch_bounds__(256) matmul_tile(PARAMETERS) {
     const int row0 = blockIdx.y * 64, col0 = blockIdx.x * 64;
     float acc[4][4];
     tile_product<64, 64>(x, weight, T, N, C, row0, col0, acc);
@@ -90,9 +88,7 @@ matmul_tile(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__
         }
 }
 
-template <class Tile>
-__device__ __forceinline__ void tensor_tile(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ weight,
-                                            const float* residual, int T, int N, int C) {
+template <class Tile> __device__ __forceinline__ void tensor_tile(PARAMETERS) {
     if constexpr (on_tensor_cores<W_TYPE>) {
         DYNAMIC_SHARED(unsigned char, shared);
         int row0, col0;
@@ -141,62 +137,62 @@ typedef WideTile<X_TYPE, 32> Wide;
 typedef MiddleTile<X_TYPE, MIDDLE_COLUMNS<X_TYPE>, MIDDLE_COLUMNS<X_TYPE> / 4> Middle;
 typedef FewTile<X_TYPE, 32, 16, 16, 8> Few;
 
-extern "C" __global__ void __launch_bounds__(Wide::THREADS, 256 / Wide::THREADS)
-matmul_mma_wide(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ weight, const float* residual, int T,
-                int N, int C) {
-    tensor_tile<Wide>(out, x, weight, residual, T, N, C);
+extern "C" __global__ void __launch_bounds__(Wide::THREADS, 256 / Wide::THREADS) matmul_mma_wide(PARAMETERS) {
+    tensor_tile<Wide>(ARGUMENTS);
 }
 
-extern "C" __global__ void __launch_bounds__(Middle::THREADS, 2)
-matmul_mma_middle(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ weight, const float* residual, int T,
-                  int N, int C) {
-    tensor_tile<Middle>(out, x, weight, residual, T, N, C);
+extern "C" __global__ void __launch_bounds__(Middle::THREADS, 2) matmul_mma_middle(PARAMETERS) {
+    tensor_tile<Middle>(ARGUMENTS);
 }
 
-extern "C" __global__ void __launch_bounds__(Few::THREADS)
-matmul_mma_few(float* out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ weight, const float* residual, int T,
-               int N, int C) {
-    tensor_tile<Few>(out, x, weight, residual, T, N, C);
+extern "C" __global__ void __launch_bounds__(Few::THREADS) matmul_mma_few(PARAMETERS) {
+    tensor_tile<Few>(ARGUMENTS);
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-template <class Tile>
-__device__ __forceinline__ void wgmma_tiles(float* out, const TensorMap& x, const TensorMap& weight, const float* residual, int T,
-                                            int N, int C) {
+template <class Tile> __device__ __forceinline__ void wgmma_tiles(PARAMETERS_OF(const TensorMap&, const TensorMap&)) {
     if constexpr (on_tensor_cores<X_TYPE> && on_tensor_cores<W_TYPE>) {
         DYNAMIC_SHARED(unsigned char, shared);
         const auto box = [&](int i, int column) { return WgmmaBox{&weight, column + i * Tile::BOX}; };
-        const auto prefetch = [&](int row, int column) {  // the residual into L2
-            constexpr int LINES = Tile::BN / 32;
-            for (int i = threadIdx.x % 32; residual && i < 16 * LINES; i += 32)
-                if (const int t = row + i / LINES, n = column + i % LINES * 32; t < T && n < N)
-                    prefetch_l2(residual + (size_t)t * N + n);
+        // Residuals of as many runs of 32 columns as registers allow are on their way together, before the first store, which may
+        // be to the same array: all of them during the product where they fit, else they go into L2 meanwhile.
+        constexpr int RUNS = Tile::NJ / 4;
+        constexpr bool EARLY = Tile::PARTS * RUNS <= 4;
+        constexpr int AHEAD = EARLY ? RUNS : 2;
+        float4 before[AHEAD][4];
+        const auto load = [&](int row0, int column) {
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int t = row0 + threadIdx.x % 32 / 8 + 4 * i, n = column + threadIdx.x % 8 * 4 + 32 * k;
+                    before[k][i] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    if (residual && t < T && n < N)
+                        before[k][i] = *reinterpret_cast<const float4*>(residual + (size_t)t * N + n);
+                }
         };
-        Tile::product(shared, x, T, N, C, box, prefetch, [&](const float (&acc)[Tile::NJ][4], int row0, int column, float* memory) {
-            const int row = row0 + threadIdx.x % 32 / 8, n0 = column + threadIdx.x % 8 * 4;
-            // 32 columns at a time; residuals of as many as registers allow are on their way together, before the first store,
-            // which may be to the same array
-            constexpr int AHEAD = Tile::PARTS * Tile::NJ == 16 ? 4 : 2;
+        const auto prepare = [&](int row, int column) {
+            if constexpr (EARLY) {
+                load(row, column);
+            } else {
+                constexpr int LINES = Tile::BN / 32;
+                for (int i = threadIdx.x % 32; residual && i < 16 * LINES; i += 32)
+                    if (const int t = row + i / LINES, n = column + i % LINES * 32; t < T && n < N)
+                        prefetch_l2(residual + (size_t)t * N + n);
+            }
+        };
+        Tile::product(shared, x, T, N, C, box, prepare, [&](const float (&acc)[Tile::NJ][4], int row0, int column, float* memory) {
 #pragma unroll
-            for (int first = 0; first < Tile::NJ / 4; first += AHEAD) {
-                float4 before[AHEAD][4];
-#pragma unroll
-                for (int k = 0; k < AHEAD; k++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int t = row + 4 * i, n = n0 + 32 * (first + k);
-                        before[k][i] = {0.0f, 0.0f, 0.0f, 0.0f};
-                        if (residual && t < T && n < N)
-                            before[k][i] = *reinterpret_cast<const float4*>(residual + (size_t)t * N + n);
-                    }
+            for (int first = 0; first < RUNS; first += AHEAD) {
+                if (!EARLY) load(row0, column + 32 * first);
 #pragma unroll
                 for (int k = 0; k < AHEAD; k++) {
                     float4 sums[4];
                     trade_rows(sums, *reinterpret_cast<const float(*)[4][4]>(acc + 4 * (first + k)), memory);
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        const int t = row + 4 * i, n = n0 + 32 * (first + k);
+                        const int t = row0 + threadIdx.x % 32 / 8 + 4 * i, n = column + threadIdx.x % 8 * 4 + 32 * (first + k);
                         const float4 a = sums[i], b = before[k][i];
                         const float v[4] = {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
                         if (t < T && n < N) store_run(out + (size_t)t * N + n, v, true);
@@ -208,27 +204,23 @@ __device__ __forceinline__ void wgmma_tiles(float* out, const TensorMap& x, cons
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-matmul_wgmma_wide(float* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* residual,
-                  int T, int N, int C) {
-    wgmma_tiles<WgmmaWide<128>>(out, x, weight, residual, T, N, C);
+matmul_wgmma_wide(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_tiles<WgmmaWide<128>>(ARGUMENTS);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-matmul_wgmma_turns(float* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* residual,
-                  int T, int N, int C) {
-    wgmma_tiles<WgmmaTurns<64>>(out, x, weight, residual, T, N, C);
+matmul_wgmma_turns(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_tiles<WgmmaTurns<64>>(ARGUMENTS);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-matmul_wgmma_middle(float* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* residual,
-                  int T, int N, int C) {
-    wgmma_tiles<WgmmaMiddle<64>>(out, x, weight, residual, T, N, C);
+matmul_wgmma_middle(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_tiles<WgmmaMiddle<64>>(ARGUMENTS);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-matmul_wgmma_few(float* out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* residual,
-                  int T, int N, int C) {
-    wgmma_tiles<WgmmaFew<32>>(out, x, weight, residual, T, N, C);
+matmul_wgmma_few(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_tiles<WgmmaFew<32>>(ARGUMENTS);
 }
 
 #endif

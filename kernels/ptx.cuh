@@ -108,6 +108,8 @@ __device__ __forceinline__ void bulk_copy_once(void* shared, const void* global,
 }
 // Between this thread's ordinary accesses to shared memory and bulk copies that it issues afterwards to the same place.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for all memory, also what other threads wrote before this one heard of it.
+__device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // ---- tiles by the copy engine, clusters of blocks (sm_90) ----
 
@@ -258,6 +260,15 @@ __device__ __forceinline__ void add_release(unsigned* p, unsigned x) {
 __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
     unsigned x;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+// As store_relaxed and load_relaxed, for memory of the host, which it may look at and change meanwhile.
+__device__ __forceinline__ void store_host(int* p, int x) {
+    asm volatile("st.relaxed.sys.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+__device__ __forceinline__ int load_host(const int* p) {
+    int x;
+    asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
 

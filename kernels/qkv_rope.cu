@@ -36,9 +36,9 @@
 // Constants    X_TYPE  bf16 | f32
 //              W_TYPE, K_TYPE, V_TYPE  bf16 | f16 | f32      HEAD_DIM  D, a multiple of 4 from 4 to 256
 // Work         qkv_rope_row(s): 8 warps a block; up to 0.8 KB of shared memory; grid (ceil(D parts / 16), rows: / 32, H + 2 K)
-//              qkv_rope_mma_*: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: cuda._tiles
+//              qkv_rope_mma_*: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: tiles.shapes
 //              qkv_rope_wgmma_*: 384 threads; grid pairs of blocks, as many as there are or run at once: a block takes tile
-//              after tile; shared bytes: cuda._tiles
+//              after tile; shared bytes: tiles.shapes
 //              qkv_rope_tile: 2 D threads, 4 x 4 products each; about 0.25 KB x D of shared memory; grid (ceil(T/32), H + 2 K)
 // Precision    products, sums, bias, gain, rotation in float32; one rounding, where k and v are stored narrower
 // Error bound  row(s): (C/32 + 18) eps32, tile: (C + 6) eps32, mma: (11/8 C + 4) eps32 (x bf16), (C/32 + 94) eps32 (x f32),
@@ -52,57 +52,9 @@
 // Limits       qkv_rope_row(s): T (H + K) leaves <= 4096, launch.workspace()
 // Wrapper cuda.qkv_rope · truth reference.qkv_rope · test tests/test_ops.py · benchmark benchmarks/ops.py
 #include "dot.cuh"
-#include "mma.cuh"
-#include "wgmma.cuh"
-
-constexpr int D = HEAD_DIM;
-
-// One kind of head: the blocks (·, 0..H-1) make q, the next K make k, the last K make v.
-struct Head {
-    const W_TYPE* proj;
-    const float *bias, *gain;
-    const int* rows;
-    float* ms;
-    int heads, index;
-    bool rotated;
-};
-
-__device__ __forceinline__ Head find_head(const W_TYPE* q_proj, const W_TYPE* k_proj, const W_TYPE* v_proj,
-                                          const float* q_bias, const float* k_bias, const float* v_bias,
-                                          const float* q_norm, const float* k_norm, const int* k_rows, const int* v_rows,
-                                          float* q_ms, float* k_ms, int H, int K, int h) {
-    if (h < H) return {q_proj, q_bias, q_norm, nullptr, q_ms, H, h, true};
-    if (h < H + K) return {k_proj, k_bias, k_norm, k_rows, k_ms, K, h - H, true};
-    return {v_proj, v_bias, nullptr, v_rows, nullptr, K, h - H - K, false};
-}
-
-// Cosine and sine of element d's angle; NaN for a position that the table does not have.
-__device__ __forceinline__ void find_angle(float& c, float& s, int d, int position, const float* __restrict__ cos,
-                                           const float* __restrict__ sin, int P) {
-    const bool known = position >= 0 && position < P;
-    c = known ? cos[(size_t)position * (D / 2) + d] : NOT_A_NUMBER;
-    s = known ? sin[(size_t)position * (D / 2) + d] : NOT_A_NUMBER;
-}
-
-__device__ __forceinline__ void rotate(float& low, float& high, float c, float s) {
-    const float a = low, b = high;
-    low = fmaf(a, c, -(b * s));  // written out, so that every entry point rounds alike
-    high = fmaf(b, c, a * s);
-}
-
-#define PARAMETERS_OF(X, W)                                                                                         \
-    float *__restrict__ q, K_TYPE *__restrict__ k, V_TYPE *__restrict__ v, float *__restrict__ q_ms,                    \
-        float *__restrict__ k_ms, X x, W q_proj, W k_proj, W v_proj, const float *__restrict__ q_bias,                  \
-        const float *__restrict__ k_bias, const float *__restrict__ v_bias, const float *__restrict__ q_norm,           \
-        const float *__restrict__ k_norm, const float *__restrict__ cos, const float *__restrict__ sin,                 \
-        const int *__restrict__ positions, const int *__restrict__ k_rows, const int *__restrict__ v_rows, int T, int H, \
-        int K, int C, int P, int S
-#define PARAMETERS PARAMETERS_OF(const X_TYPE *__restrict__, const W_TYPE *__restrict__)
-#define ARGUMENTS                                                                                                     \
-    q, k, v, q_ms, k_ms, x, q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, cos, sin, positions, k_rows, \
-        v_rows, T, H, K, C, P, S
-
-#define HEAD(h) find_head(q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm, k_rows, v_rows, q_ms, k_ms, H, K, h)
+#include "qkv_rope_head.cuh"
+#include "qkv_rope_mma.cuh"
+#include "qkv_rope_wgmma.cuh"
 
 // Where element d of this block's head goes for token t: q by token, k and v by the row that `rows` names.
 #define STORE(t, d, value)                                                    \
@@ -144,7 +96,8 @@ __device__ __forceinline__ void few_rows(PARAMETERS, int parts, int leaves, int*
         rows[j] = head.proj + (size_t)(row + min(first + j, D / 2 - 1)) * C;
         rows[PAIRS + j] = rows[j] + (size_t)(D / 2) * C;
     }
-    WarpDots<2 * PAIRS, MAX_T, X_TYPE, W_TYPE> dots(x, rows, T, C, wide, warp % parts, parts);
+    // AHEAD: 14B 27.4 to 25.4 us in a row of such launches, 90 % of the read ceiling; behind other launches nothing changes.
+    WarpDots<2 * PAIRS, MAX_T, X_TYPE, W_TYPE, MAX_T == 1> dots(x, rows, T, C, wide, warp % parts, parts);
     // what this lane needs afterwards for pair d of token t travels with the first weights
     const bool first_part = warp % parts == 0 && i < PAIRS, mine = first_part && d < D / 2 && t < T;
     float bias[2] = {0.0f, 0.0f}, gain[2] = {1.0f, 1.0f}, c = 1.0f, s = 0.0f;
@@ -176,7 +129,7 @@ __device__ __forceinline__ void few_rows(PARAMETERS, int parts, int leaves, int*
         head.ms[(size_t)warp * head.heads + head.index] = sum / D;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, on_tensor_cores<W_TYPE> ? 5 : 4)  // more blocks spill
 qkv_rope_row(PARAMETERS, int parts, int leaves, int* __restrict__ places) {
     few_rows<1, 1>(ARGUMENTS, parts, leaves, places);
 }
@@ -232,96 +185,6 @@ extern "C" __global__ void __launch_bounds__(2 * D) qkv_rope_tile(PARAMETERS) {
     }
 }
 
-// A tile of whole heads, one or two; a thread holds rotation pairs (see MmaTile).
-template <class Tile> __device__ __forceinline__ void tensor_heads(PARAMETERS) {
-    if constexpr (on_tensor_cores<W_TYPE> && (D == 64 || D == 128)) {
-        constexpr int HEADS = Tile::BN / D;
-        static_assert(HEADS <= 2);
-        DYNAMIC_SHARED(unsigned char, shared);
-        const int all = H + 2 * K;
-        int row0, col0;
-        find_tile<Tile>(T, all * D, row0, col0);
-        WeightRows rows;
-        {
-            const Head head = HEAD(col0 / D);
-            rows.first = reinterpret_cast<const bf16*>(head.proj) + (size_t)head.index * D * C;
-            rows.second = rows.first + (size_t)(D / 2) * C;
-            rows.first_rows = rows.second_rows = Tile::BN / 2;
-        }
-        if (HEADS == 2) {
-            const Head head = HEAD(min(col0 / D + 1, all - 1));
-            rows.second = reinterpret_cast<const bf16*>(head.proj) + (size_t)head.index * D * C;
-            if (col0 / D + 1 >= all) rows.second_rows = 0;
-        }
-        float acc[Tile::MI][Tile::NJ][4];
-        Tile::product(acc, shared, x + (size_t)row0 * C, T - row0, rows, C);
-
-        const bool aligned = ((size_t)q | (size_t)k | (size_t)v) % 8 == 0;
-        // A warp takes rows of one head, COUNT at a time: lane l elements l PER.. of each half, so that a rotation pair is in
-        // one thread.
-        constexpr int WARPS = Tile::THREADS / 32, STEP = WARPS / HEADS, ROWS = Tile::BM / STEP, COUNT = ROWS < 8 ? ROWS : 8;
-        constexpr int PER = D < 64 ? 1 : D / 64;
-        static_assert(ROWS <= 64);
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = col0 / D + warp % HEADS, d = lane * PER;
-        const Head head = HEAD(min(h, all - 1));
-        float bias[2][PER], gain[2][PER];
-#pragma unroll
-        for (int e = 0; e < 2 * PER; e++) {
-            const int at = d + e % PER + e / PER * (D / 2);
-            bias[e / PER][e % PER] = head.bias ? head.bias[head.index * D + at] : 0.0f;
-            gain[e / PER][e % PER] = head.gain ? head.gain[at] : 1.0f;
-        }
-        // lane i knows the positions and the targets of the warp's rows i and i + 32
-        int position[2] = {-1, -1}, target[2] = {-1, -1};
-#pragma unroll
-        for (int half = 0; half < (ROWS + 31) / 32; half++) {
-            const int t = row0 + warp / HEADS + STEP * (32 * half + lane);
-            if (32 * half + lane >= ROWS || h >= all || t >= T) continue;
-            position[half] = head.rotated ? positions[t] : 0, target[half] = head.rows ? head.rows[t] : t;
-            if (head.rows && target[half] >= S) target[half] = -1;
-        }
-        const float* const tile = Tile::spread(acc, shared);
-#pragma unroll 1
-        for (int first = 0; first < ROWS; first += COUNT) {
-            const int its_position = first < 32 ? position[0] : position[1], its_target = first < 32 ? target[0] : target[1];
-            float c[COUNT][PER], s[COUNT][PER];
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) {
-                const int p = __shfl_sync(0xffffffffu, its_position, (first + i) % 32);
-#pragma unroll
-                for (int e = 0; e < PER; e++)
-                    if (head.rotated) find_angle(c[i][e], s[i][e], d + e, p, cos, sin, P);
-            }
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) {
-                const int r = warp / HEADS + STEP * (first + i), t = row0 + r;
-                const float* const a = tile + r * Tile::ROW + warp % HEADS * D + d;
-                float low[PER], high[PER], squares = 0.0f;
-#pragma unroll
-                for (int e = 0; e < PER; e++) {
-                    low[e] = a[e] + bias[0][e], high[e] = a[e + D / 2] + bias[1][e];
-                    squares = fmaf(low[e], low[e], fmaf(high[e], high[e], squares));
-                }
-                if (head.rotated) {
-                    squares = warp_sum(squares);
-                    if (lane == 0 && t < T) head.ms[(size_t)t * head.heads + head.index] = squares / D;
-#pragma unroll
-                    for (int e = 0; e < PER; e++) {
-                        low[e] *= gain[0][e], high[e] *= gain[1][e];
-                        rotate(low[e], high[e], c[i][e], s[i][e]);
-                    }
-                }
-                const int row = __shfl_sync(0xffffffffu, its_target, (first + i) % 32);
-                if (row < 0) continue;
-                const size_t at = ((size_t)row * head.heads + head.index) * D + d;
-                if (h < H) store_run(q + at, low, aligned), store_run(q + at + D / 2, high, aligned);
-                else if (h < H + K) store_run(k + at, low, aligned), store_run(k + at + D / 2, high, aligned);
-                else store_run(v + at, low, aligned), store_run(v + at + D / 2, high, aligned);
-            }
-        }
-    }
-}
-
 constexpr int HALF_HEAD = D == 64 ? 32 : 64;  // other head sizes have no tensor-core kernel
 typedef WideTile<X_TYPE, HALF_HEAD> Wide;
 typedef MiddleTile<X_TYPE, D == 64 ? MIDDLE_COLUMNS<X_TYPE> : 128, HALF_HEAD> Middle;
@@ -334,105 +197,6 @@ extern "C" __global__ void __launch_bounds__(Middle::THREADS, 2) qkv_rope_mma_mi
 extern "C" __global__ void __launch_bounds__(Few::THREADS) qkv_rope_mma_few(PARAMETERS) { tensor_heads<Few>(ARGUMENTS); }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// A tile of whole heads; a thread holds rotation pairs, four lanes the heads of a row.
-template <class Tile> __device__ __forceinline__ void wgmma_heads(PARAMETERS_OF(const TensorMap&, const TensorMap&)) {
-    if constexpr (on_tensor_cores<X_TYPE> && on_tensor_cores<W_TYPE> && (D == 64 || D == 128)) {
-        DYNAMIC_SHARED(unsigned char, shared);
-        constexpr int BLOCKS = D / 8, HALF = BLOCKS / 2;  // of 8 columns: of a head, of half a head
-        const int all = H + 2 * K;
-        const auto box = [&](int i, int column) {
-            const int row = column + i * Tile::BOX;
-            if (row < H * D) return WgmmaBox{&q_proj, row};
-            if (row < (H + K) * D) return WgmmaBox{&k_proj, row - H * D};
-            return WgmmaBox{&v_proj, row - (H + K) * D};  // behind the last head zeros that nobody stores
-        };
-        const auto nothing = [](int, int) {};
-        Tile::product(shared, x, T, all * D, C, box, nothing, [&](float (&acc)[Tile::NJ][4], int row0, int column, float* memory) {
-            const int lane = threadIdx.x % 32, row = row0 + lane / 8;
-            int position[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) position[i] = row + 4 * i < T ? positions[row + 4 * i] : -1;
-#pragma unroll
-            for (int n = 0; n < Tile::BN / D; n++) {
-                const int h = column / D + n;
-                if (h >= all) break;
-                const Head head = find_head(nullptr, nullptr, nullptr, q_bias, k_bias, v_bias, q_norm, k_norm, k_rows, v_rows, q_ms,
-                                            k_ms, H, K, h);
-                if (head.bias)
-#pragma unroll
-                    for (int j = 0; j < BLOCKS; j++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            acc[n * BLOCKS + j][e] += head.bias[head.index * D + 8 * j + lane % 4 * 2 + e % 2];
-                if (head.rotated)
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const int t = row0 + lane / 4 + 8 * half;
-                        float squares = 0.0f;
-#pragma unroll
-                        for (int j = 0; j < BLOCKS; j++)
-#pragma unroll
-                            for (int e = 0; e < 2; e++) {
-                                const float a = acc[n * BLOCKS + j][2 * half + e];
-                                squares = fmaf(a, a, squares);
-                            }
-                        squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-                        squares += __shfl_xor_sync(0xffffffffu, squares, 2);
-                        if (lane % 4 == 0 && t < T) head.ms[(size_t)t * head.heads + head.index] = squares / D;
-                    }
-                int target[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int t = row + 4 * i;
-                    target[i] = t >= T ? -1 : head.rows ? head.rows[t] : t;
-                    if (head.rows && target[i] >= S) target[i] = -1;
-                }
-#pragma unroll
-                for (int first = 0; first < HALF; first += 4) {
-                    float4 lows[4], highs[4];
-                    trade_rows(lows, *reinterpret_cast<const float(*)[4][4]>(acc + n * BLOCKS + first), memory);
-                    trade_rows(highs, *reinterpret_cast<const float(*)[4][4]>(acc + n * BLOCKS + HALF + first), memory);
-                    const int d = opaque(8 * first + lane % 8 * 4);  // so that nothing is read so early that it spills
-                    float4 c4[4], s4[4];  // before any store, after which they might have to wait
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        c4[i] = s4[i] = {NOT_A_NUMBER, NOT_A_NUMBER, NOT_A_NUMBER, NOT_A_NUMBER};
-                        if (!head.rotated || position[i] < 0 || position[i] >= P) continue;
-                        c4[i] = *reinterpret_cast<const float4*>(cos + (size_t)position[i] * (D / 2) + d);
-                        s4[i] = *reinterpret_cast<const float4*>(sin + (size_t)position[i] * (D / 2) + d);
-                    }
-                    float4 gain[2] = {{1.0f, 1.0f, 1.0f, 1.0f}, {1.0f, 1.0f, 1.0f, 1.0f}};
-                    if (head.gain)
-#pragma unroll
-                        for (int half = 0; half < 2; half++)
-                            gain[half] = {head.gain[d + half * (D / 2)], head.gain[d + half * (D / 2) + 1],
-                                          head.gain[d + half * (D / 2) + 2], head.gain[d + half * (D / 2) + 3]};
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        float low[4] = {lows[i].x, lows[i].y, lows[i].z, lows[i].w};
-                        float high[4] = {highs[i].x, highs[i].y, highs[i].z, highs[i].w};
-                        if (head.rotated) {
-                            const float g[8] = {gain[0].x, gain[0].y, gain[0].z, gain[0].w,
-                                                gain[1].x, gain[1].y, gain[1].z, gain[1].w};
-                            const float c[4] = {c4[i].x, c4[i].y, c4[i].z, c4[i].w}, s[4] = {s4[i].x, s4[i].y, s4[i].z, s4[i].w};
-#pragma unroll
-                            for (int e = 0; e < 4; e++) {
-                                low[e] *= g[e], high[e] *= g[e + 4];
-                                rotate(low[e], high[e], c[e], s[e]);
-                            }
-                        }
-                        if (target[i] < 0) continue;
-                        const size_t at = ((size_t)target[i] * head.heads + head.index) * D + d;
-                        if (h < H) store_run(q + at, low, true), store_run(q + at + D / 2, high, true);
-                        else if (h < H + K) store_run(k + at, low, true), store_run(k + at + D / 2, high, true);
-                        else store_run(v + at, low, true), store_run(v + at + D / 2, high, true);
-                    }
-                }
-            }
-        });
-    }
-}
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
 qkv_rope_wgmma_wide(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {

@@ -43,175 +43,41 @@
 //              whichever block it is: bitwise reproducible
 // Limits       G at most 2048; logits need no alignment
 // Wrapper cuda.sample · truth reference.sample, cuqwen/sampling.py · test tests/test_sample.py · benchmark benchmarks/ops.py
-#include "sample_all.cuh"
+#include "common.cuh"
 
-// The lowest id that has the largest score; g: the first of this thread's groups that has it, or ALL.
-__device__ __noinline__ int first_largest(Shared& s, unsigned g) {
-    const Job& job = s.job;
-    const int t = threadIdx.x, lane = t % 32;
-    if (t == 0) s.first = job.G;
-    __syncthreads();
-    if (g < ALL) atomicMin(&s.first, (int)g);
-    __syncthreads();
-#pragma unroll 1
-    for (int first = s.first << job.shift;; first += 32) {
-        const int id = first + lane;
-        const unsigned here = __ballot_sync(ALL, id < job.N && key_at(job, min(id, job.N - 1)) == job.largest);
-        if (here) return first + __ffs(here) - 1;
-    }
-}
+__device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
-// The rank below which top_p and min_p choose nothing.
-__device__ __noinline__ unsigned threshold_of_weights(Shared& s) {
-    const Job& job = s.job;
-    const int t = threadIdx.x, lane = t % 32, warp = t / 32;
-    double logarithm = MINUS_INFINITY;  // of the least weight
-    if (job.set.top_p < 1) {
-        double x = 0;
-#pragma unroll 1
-        for (int g = t; g < job.G; g += THREADS) x += s.sums[g];
-        const double whole = block_total(s, x), allowance = (1 - job.set.top_p) * whole;
-        if (t == 0) s.job.whole = whole;
-        const double depth = log(job.N / allowance) + 1e-6;  // all of them at e^-depth would go together
-        const double tried = exp(-depth * (warp + 1) / WARPS);
-        x = 0;
-#pragma unroll 1
-        for (int g = lane; g < job.G; g += 32) {
-            const double top = s.scales[g], sum = s.sums[g];
-            x += top < tried ? sum : min(sum - top, ((1 << job.shift) - 1) * tried);
-        }
-        x = warp_total(x);
-        if (lane == 0) s.scratch_d[warp] = x;
-        __syncthreads();
-        const bool enough = lane == WARPS - 1 || (lane < WARPS && s.scratch_d[lane] <= allowance * (1 - 1e-9));
-        logarithm = -depth * __ffs(__ballot_sync(ALL, enough)) / WARPS;
-        __syncthreads();
-    }
-    if (job.set.min_p > 0) logarithm = max(logarithm, log(job.set.min_p));
-    return rank_of_key(key_of(job.top + job.set.temperature * (logarithm - 1e-9) - fabs(job.top) * 1e-15));
-}
-
-// From what tops of groups bound: those of this thread are in `top` for top_k, in s.tops otherwise.
-__device__ __forceinline__ int draw(Shared& s, const unsigned (&top)[GROUPS / THREADS], int segments, double share) {
-    const Job& job = s.job;
-    const bool by_sums = job.set.top_k == 0 && job.set.top_p < 1;
-    unsigned rank = rank_of(-LARGEST_FLOAT);  // nothing is lost with -inf
-    if (segments) {
-        rank = max(rank, threshold_of_top_k(s, segments));
-        unsigned some = 0;
+struct Logits {
+    const float* values;
+    // out[i] = that of ids[i], -inf from `end` on.
+    template <int N> __device__ __forceinline__ void get(const int (&ids)[N], int end, float (&out)[N]) const {
 #pragma unroll
-        for (int j = 0; j < GROUPS / THREADS; j++) some |= unsigned(top[j] >= rank) << j;
-#pragma unroll 1
-        for (; some; some &= some - 1) s.active[atomicAdd(&s.groups, 1)] = (__ffs(some) - 1) * THREADS + threadIdx.x;
-    } else {
-        if (by_sums || (job.set.top_k == 0 && job.set.min_p > 0)) rank = max(rank, threshold_of_weights(s));
-        else if (job.set.top_k == 0) return draw_by_temperature(s, share);
-        mark_all(s, rank);
+        for (int i = 0; i < N; i++) out[i] = ids[i] < end ? __ldcg(values + ids[i]) : MINUS_INFINITY;
     }
-    const int n = gather(s, rank, 0, ~0ull);
-    const double whole = by_sums ? job.whole : 0.0;
-    if (n == 0) return -1;
-    return n <= SHORT ? draw_from_short_list(s, n, whole, share) : draw_from_all(s, n, rank, whole, share);
-}
+};
 
-// The largest of a warp's group as a key, and the sum.
-__device__ __noinline__ void summarise(
-    const float* logits, const int* history, const Settings& set, int first, int end, u64* maximum, double* sum, double* relative) {
-    const int lane = threadIdx.x % 32;
-    u64 best = 0;
-    for_ids(logits, history, first + lane, 32, end, [&](int, float logit, int uses) { best = max(best, key_of_logit(logit, uses, set)); });
-    best = warp_max(best);
-    if (lane == 0) __stcg(maximum, best);
-    if (!sum) return;
-    double total = 0;
-    for_ids(logits, history, first + lane, 32, end, [&](int id, float logit, int uses) {
-        const double w = best > MINUS_INFINITY_KEY ? weight_of(key_of_logit(logit, uses, set), value_of(best), set) : 0.0;
-        if (relative) __stcg(relative + id, w);
-        total += w;
-    });
-    total = warp_total(total);
-    if (lane == 0) __stcg(sum, total);
-}
+#include "sample_draw.cuh"
 
-// What the last block knows of the groups by `maxima`; returns the first of this thread's groups that has the largest score, or ALL.
-__device__ __noinline__ unsigned survey(Shared& s, const u64* maxima, const double* sums) {
-    const int t = threadIdx.x, G = s.job.G;
-    u64 mine = 0, key[GROUPS / THREADS];
-    unsigned first = ALL;
-#pragma unroll
-    for (int j = 0; j < GROUPS / THREADS; j++) key[j] = j * THREADS + t < G ? __ldcg(maxima + j * THREADS + t) : 0;
-#pragma unroll
-    for (int j = 0; j < GROUPS / THREADS; j++)
-        if (key[j] > mine) mine = key[j], first = j * THREADS + t;
-    const u64 largest = block_max(s, mine);
-    if (t == 0) s.job.largest = largest, s.job.top = value_of(largest);
-    __syncthreads();
-#pragma unroll 1
-    for (int g = t; g < G; g += THREADS) {
-        const u64 key = __ldcg(maxima + g);
-        s.tops[g] = rank_of_key(key);
-        if (sums) s.scales[g] = weight_of(s.job, key), s.sums[g] = __ldcg(sums + g) * s.scales[g];
-    }
-    __syncthreads();
-    return mine == largest ? first : ALL;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
+extern "C" __global__ void __launch_bounds__(sampling::THREADS, 1) sample(
     int* out, int* step, int* history, unsigned* tops, u64* maxima, double* sums, double* relative, int* done, const float* logits,
     const double* uniforms, int N, int shift, int segments, int U, int top_k, double temperature, double inverse, double top_p,
     double min_p, double repetition, double presence, double frequency) {
-    DYNAMIC_SHARED(Shared, shared);
-    Shared& s = *shared;
+    DYNAMIC_SHARED(sampling::Shared, shared);
     griddepcontrol_wait();
-    const Settings set = {temperature, inverse, top_p, min_p, repetition, presence, frequency, top_k < N ? top_k : 0};
-    const int t = threadIdx.x, lane = t % 32, warp = t / 32, G = (N + (1 << shift) - 1) >> shift;
-    const int now = temperature > 0 ? *step : 0;
-
-    const int group = blockIdx.x * WARPS + warp, first_id = group << shift, end = min(N, first_id + (1 << shift));
-    if (group < G && maxima)
-        summarise(logits, history, set, first_id, end, maxima + group, sums ? sums + group : nullptr, relative);
-    else if (group < G) {
-        unsigned best = 0;
-        for_ids(logits, history, first_id + lane, 32, end, [&](int, float logit, int uses) {
-            best = max(best, uses ? rank_of_key(key_of_logit(logit, uses, set)) : rank_of(logit));
-        });
-        best = __reduce_max_sync(ALL, best);
-        if (lane == 0) __stcg(tops + group, best);
-    }
-    if (t == 32) s.job = {set, logits, history, relative, 0, 0.0, 0.0, N, shift, G};
+    const sampling::Settings set = {temperature, inverse, top_p, min_p, repetition, presence, frequency, top_k < N ? top_k : 0};
+    const sampling::Inputs in = {set, {logits}, step, history, tops, maxima, sums, relative, uniforms, N, shift, segments, U};
+    const sampling::Random random(in);
+    const int t = threadIdx.x, group = blockIdx.x * sampling::WARPS + t / 32;
+    if (group < in.groups()) look_at_group(in, group);
     __syncthreads();
-    if (warp == 0) {
+    if (t < 32) {
         const bool last = is_last_block(done, gridDim.x);
-        if (t == 0) s.count = last;
+        if (t == 0) shared->count = last;
     }
     __syncthreads();
-    if (!s.count) return;
-    const bool allowed = now >= 0 && (temperature <= 0 || now < U);
-    const double share = temperature > 0 && allowed ? uniforms[now] : 0.0;
-
-    unsigned first = ALL, top[GROUPS / THREADS] = {};
-    if (t == 0) s.groups = s.threshold = 0;
-    if (maxima) first = survey(s, maxima, sums);
-    else {
-#pragma unroll
-        for (int j = 0; j < GROUPS / THREADS; j++) top[j] = j * THREADS + t < G ? __ldcg(tops + j * THREADS + t) : 0;
-#pragma unroll 1
-        for (int i = t; i < segments; i += THREADS) s.segments[i] = 0;
-        __syncthreads();
-#pragma unroll
-        for (int j = 0; j < GROUPS / THREADS; j++) {
-            const int g = j * THREADS + t;
-            s.tops[g] = top[j];
-            if (top[j]) atomicMax(s.segments + (g & (segments - 1)), top[j]);
-        }
-        __syncthreads();
-    }
-    int token = -1;
-    if (allowed && (!maxima || has_choice(s.job.largest))) token = temperature > 0 ? draw(s, top, segments, share) : first_largest(s, first);
-    __syncthreads();  // other warps still read the history
-    if (t == 0) {
-        *out = token;
-        if (token >= 0 && temperature > 0) *step = now + 1;
-        if (token >= 0 && history) history[token] = history[token] ? history[token] + 1 : 2;
-    }
+    if (!shared->count) return;
+    unsigned top[sampling::GROUPS / sampling::THREADS];
+    load_tops(in, top);
+    const int token = choose(*shared, in, random, top);
+    if (t == 0) *out = token;
 }

@@ -3,6 +3,8 @@
 #pragma once
 #include "sample_list.cuh"
 
+namespace sampling {
+
 // What is kept: keys above `key`, and those equal to it with an id beyond `id`.
 struct Bound { u64 key; int id; };
 
@@ -26,7 +28,7 @@ __device__ __noinline__ void mark_all(Shared& s, unsigned rank) {
 #pragma unroll 1
     for (int g = threadIdx.x; g < s.job.G; g += THREADS)
         if (s.tops[g] >= rank) s.active[atomicAdd(&s.groups, 1)] = g;
-    __syncthreads();
+    block_barrier();
 }
 
 // ---- sums in the order of items ----
@@ -56,14 +58,14 @@ __device__ __noinline__ int first_exceeding(Shared& s, Item what, Bound bound, i
         const double sum = block_scan(s, x, total);
         if (is_share) target *= total, is_share = false;
         if (t == 0) s.first = THREADS, s.last = 0;
-        __syncthreads();
+        block_barrier();
         if (x > 0) atomicMax(&s.last, t);
         if (x > 0 && sum > target) atomicMin(&s.first, t);
-        __syncthreads();
+        block_barrier();
         // a range's sum and that of its parts may differ in the last place: then none exceeds, and the last one is it
         const int pick = s.first < THREADS ? s.first : s.last;
         if (t == pick) s.before = sum - x;
-        __syncthreads();
+        block_barrier();
         target -= s.before;
         begin += pick * size, end = min(end, begin + size);
         if (size == 1) return begin;
@@ -96,7 +98,7 @@ __device__ __noinline__ void sort_list(Shared& s, int n) {
         for (int offset = parts / 2; offset; offset /= 2) ranks += __shfl_xor_sync(ALL, ranks, offset);
         if (i < n && part == 0) s.by_key[ranks >> 16] = i, s.by_id[ranks & 0xffff] = i, s.weights[i] = weight_of(s.job, key);
     }
-    __syncthreads();
+    block_barrier();
 }
 
 // s.running[0..n) become their running sums. Ends with a barrier.
@@ -110,7 +112,7 @@ __device__ __noinline__ void running_sums(Shared& s, int n) {
         if (i < n) s.running[i] = before + sum;
         before += total;
     }
-    __syncthreads();
+    block_barrier();
 }
 
 // By the sorted list of n tokens. whole: what all tokens sum to, 0 if the list has all; above: those beyond it.
@@ -122,7 +124,7 @@ __device__ __noinline__ Bound bound_of_list(Shared& s, int n, int top_k, double 
         const int r = base + threadIdx.x, i = r < n ? s.by_key[r] : 0;
         const bool kept = r < n && s.keys[i] >= least;
         if (r < n) s.running[r] = kept ? s.weights[i] : 0.0;
-        at += __syncthreads_count(r < n && !kept);
+        at += block_count(s, r < n && !kept);
     }
     if (top_p < 1) {
         running_sums(s, n);
@@ -132,7 +134,7 @@ __device__ __noinline__ Bound bound_of_list(Shared& s, int n, int top_k, double 
 #pragma unroll 1
         for (int base = 0; base < n; base += THREADS) {
             const int r = base + threadIdx.x;
-            removed += __syncthreads_count(r < n && below + s.running[r] <= allowance);
+            removed += block_count(s, r < n && below + s.running[r] <= allowance);
         }
         at = max(at, min(removed, n - 1));  // the most likely token always stays
     }
@@ -184,7 +186,7 @@ __device__ __forceinline__ Bound bound_of_all(Shared& s, u64 hint) {
             const int n = gather(s, rank_of_key(range.low), range.low, range.high);
             sort_list(s, n);
             least = bound_of_list(s, n, job.set.top_k - (int)range.above, 1.0, 0.0, 0.0).key;
-            __syncthreads();
+            block_barrier();
         }
     }
     if (job.set.top_p >= 1) return {least, -1};
@@ -215,7 +217,7 @@ __device__ __noinline__ int draw_from_all(Shared& s, int n, unsigned rank, doubl
     largest = block_max(s, largest);
     if (!has_choice(largest)) return -1;
     if (threadIdx.x == 0) s.job.largest = largest, s.job.top = value_of(largest);
-    __syncthreads();
+    block_barrier();
     const bool bounded = job.set.top_k > 0 || job.set.top_p < 1;
     Bound bound = {0, -1};
     if (n > LIST) {
@@ -224,9 +226,11 @@ __device__ __noinline__ int draw_from_all(Shared& s, int n, unsigned rank, doubl
     }
     sort_list(s, n);
     if (bounded) bound = bound_of_list(s, n, job.set.top_k, job.set.top_p, whole, 0.0);
-    __syncthreads();
+    block_barrier();
 #pragma unroll 1
     for (int i = threadIdx.x; i < n; i += THREADS) s.weights[i] = kept_weight(s, bound, s.keys[i], s.ids[i], s.weights[i]);
-    __syncthreads();
+    block_barrier();
     return s.ids[s.by_id[first_exceeding(s, LISTED, bound, 0, n, share, true)]];
 }
+
+}  // namespace sampling

@@ -2,6 +2,8 @@
 #pragma once
 #include "sample_scores.cuh"
 
+namespace sampling {
+
 // Neighbouring threads share what one of n items asks of all others: the logarithm of their number.
 __device__ __forceinline__ int sharing(int n) { return max(0, min(5, 31 - __clz(THREADS) - (32 - __clz(n - 1)))); }
 
@@ -22,7 +24,7 @@ __device__ __forceinline__ unsigned threshold_of_top_k(Shared& s, int segments) 
         const unsigned best = __reduce_max_sync(ALL, reached >= s.job.set.top_k ? top : 0);
         if (t % 32 == 0) atomicMax(&s.threshold, best);
     }
-    __syncthreads();
+    block_barrier();
     return s.threshold;
 }
 
@@ -34,28 +36,31 @@ __device__ __noinline__ int gather(Shared& s, unsigned rank, u64 low, u64 high) 
     const bool bounded = low > 0 || high < ~0ull;
     const float least = value_of_rank(rank);
     if (t == 0) s.count = 0;
-    __syncthreads();
+    block_barrier();
     const int groups = s.groups;
 #pragma unroll 1
     for (int a = t / 32; a < groups; a += 4 * WARPS)
 #pragma unroll 1
         for (int row = 0; row < rows; row += 4) {  // of four groups: sixteen loads on their way
-            int first[4];
+            int ids[16];
             float logit[16];
             unsigned some = 0;
 #pragma unroll
-            for (int j = 0; j < 4; j++) first[j] = a + j * WARPS < groups ? (s.active[a + j * WARPS] << job.shift) + 32 * row + lane : job.N;
-#pragma unroll
-            for (int j = 0; j < 16; j++) logit[j] = first[j / 4] + j % 4 * 32 < job.N ? (job.logits + first[j / 4])[j % 4 * 32] : MINUS_INFINITY;
+            for (int j = 0; j < 16; j++) {
+                const int group = a + j / 4 * WARPS;
+                ids[j] = group < groups ? (s.active[group] << job.shift) + 32 * (row + j % 4) + lane : job.N;
+            }
+            job.logits.get(ids, job.N, logit);
 #pragma unroll
             for (int j = 0; j < 16; j++) some |= unsigned(!(logit[j] < least)) << j;
             if (job.history)  // penalties: the exact score decides
 #pragma unroll
                 for (int j = 0; j < 16; j++)
-                    if (first[j / 4] + j % 4 * 32 < job.N && (job.history + first[j / 4])[j % 4 * 32]) some |= 1u << j;
+                    if (ids[j] < job.N && __ldcg(job.history + ids[j])) some |= 1u << j;
 #pragma unroll 1
             for (; some; some &= some - 1) {
-                const int j = __ffs(some) - 1, id = first[j / 4] + j % 4 * 32;
+                const int j = __ffs(some) - 1, group = a + j / 4 * WARPS;
+                const int id = group < groups ? (s.active[group] << job.shift) + 32 * (row + j % 4) + lane : job.N;
                 if (id >= job.N || row + j % 4 >= rows) continue;
                 if (bounded || job.history) {
                     const u64 key = key_at(job, id);
@@ -65,12 +70,12 @@ __device__ __noinline__ int gather(Shared& s, unsigned rank, u64 low, u64 high) 
                 if (place < LIST) s.ids[place] = id;
             }
         }
-    __syncthreads();
+    block_barrier();
     const int n = s.count;
 #pragma unroll 1
     for (int i = t; i < min(n, LIST); i += THREADS) s.keys[i] = key_at(job, s.ids[i]);
     if (t == 0) s.groups = 0;
-    __syncthreads();
+    block_barrier();
     return n;
 }
 
@@ -93,7 +98,7 @@ __device__ __noinline__ int draw_from_short_list(Shared& s, int n, double whole,
     const u64 units = (u64)(weight * 0x1p52 + 0.5);
     if (mine) s.parts[i] = units;
     if (threadIdx.x == 0) s.least = s.removed = 0, s.first = -1;
-    __syncthreads();
+    block_barrier();
 
     int place = -1;
     u64 less = 0, up_to = 0;  // of smaller keys; of those, and of equal ones up to this id
@@ -112,7 +117,7 @@ __device__ __noinline__ int draw_from_short_list(Shared& s, int n, double whole,
     }
     if (mine && set.top_k > 0 && place == n - set.top_k) s.least = key, s.removed = less;
     if (mine && place == n - 1) s.total = up_to;
-    __syncthreads();
+    block_barrier();
 
     bool kept = key >= s.least && weight >= set.min_p;
     if (set.top_p < 1 && place < n - 1) {  // the most likely token always stays
@@ -120,7 +125,7 @@ __device__ __noinline__ int draw_from_short_list(Shared& s, int n, double whole,
         kept = kept && (double)(up_to - s.removed) * 0x1p-52 > (1 - set.top_p) * sum - (sum - listed);
     }
     if (mine) s.kept[i] = kept ? units : 0;
-    __syncthreads();
+    block_barrier();
 
     u64 all = 0, before = 0;
 #pragma unroll 1
@@ -133,6 +138,8 @@ __device__ __noinline__ int draw_from_short_list(Shared& s, int n, double whole,
     for (int offset = parts / 2; offset; offset /= 2) all += __shfl_xor_sync(ALL, all, offset), before += __shfl_xor_sync(ALL, before, offset);
     const u64 target = (u64)(share * (double)all);  // less than all: a share is at most 1 - 2^-53
     if (mine && kept && before <= target && target < before + units) s.first = id;
-    __syncthreads();
+    block_barrier();
     return s.first;
 }
+
+}  // namespace sampling

@@ -1,24 +1,25 @@
 // What the parts of sample.cu share: settings, the state of the block that chooses, scores as keys, weights, sums over a block.
+// Who includes it has a block_barrier() of the THREADS threads that take part, and struct Logits, whose get() reads several at once.
 #pragma once
 #include "common.cuh"
 #include "ptx.cuh"
 
-#define THREADS 256
-#define WARPS (THREADS / 32)
-#define GROUPS 2048  // at most
-#define LIST 1536    // tokens at most
-#define SHORT 256    // of a list whose tokens are compared pair by pair; at most THREADS
-#define ALL 0xffffffffu
-#define MINUS_INFINITY_KEY 0x000fffffffffffffull
-#define INFINITY_KEY 0xfff0000000000000ull
-#define LARGEST_FLOAT 3.4028234663852886e38
+namespace sampling {
+
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int GROUPS = 2048;  // at most
+constexpr int LIST = 1536;    // tokens at most
+constexpr int SHORT = 256;    // of a list whose tokens are compared pair by pair; at most THREADS
+constexpr unsigned ALL = 0xffffffffu;
+constexpr u64 MINUS_INFINITY_KEY = 0x000fffffffffffffull, INFINITY_KEY = 0xfff0000000000000ull;
+constexpr double LARGEST_FLOAT = 3.4028234663852886e38;
 
 struct Settings { double temperature, inverse, top_p, min_p, repetition, presence, frequency; int top_k; };  // inverse: 1 / temperature
 
 // What is to be sampled from, and what the last block knows of it.
 struct Job {
     Settings set;
-    const float* logits;
+    Logits logits;
     const int* history;
     const double* relative;
     u64 largest;   // key of the largest score
@@ -90,23 +91,26 @@ __device__ __noinline__ u64 key_of_logit(float logit, int uses, const Settings& 
     return key_of(x);
 }
 __device__ __forceinline__ u64 key_at(const Job& job, int id) {
-    return key_of_logit(job.logits[id], job.history ? job.history[id] : 0, job.set);
+    const int ids[1] = {id};
+    float logit[1];
+    job.logits.get(ids, job.N, logit);
+    return key_of_logit(logit[0], job.history ? __ldcg(job.history + id) : 0, job.set);
 }
 
 // use(id, logit, uses) for `first` and every `stride`-th id after it up to `end`. Four are fetched before the first is looked
 // at: the compiler leaves loads behind calls and branches, where each would take its own 0.3 us.
 template <class F>
-__device__ __forceinline__ void for_ids(const float* logits, const int* history, int first, int stride, int end, F use) {
+__device__ __forceinline__ void for_ids(const Logits& logits, const int* history, int first, int stride, int end, F use) {
 #pragma unroll 1
     for (; first < end; first += 4 * stride) {
         float logit[4];
-        int uses[4];
+        int ids[4], uses[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const bool in = first + j * stride < end;
-            logit[j] = in ? logits[first + j * stride] : MINUS_INFINITY;
-            uses[j] = in && history ? history[first + j * stride] : 0;
+            ids[j] = first + j * stride;
+            uses[j] = ids[j] < end && history ? __ldcg(history + ids[j]) : 0;
         }
+        logits.get(ids, end, logit);
 #pragma unroll
         for (int j = 0; j < 4; j++)
             if (first + j * stride < end) use(first + j * stride, logit[j], uses[j]);
@@ -135,14 +139,14 @@ __device__ __noinline__ double block_scan(Shared& s, double x, double& total) {
         if (lane >= offset) x += before;
     }
     if (lane == 31) s.scratch_d[warp] = x;
-    __syncthreads();
+    block_barrier();
     double base = 0, sum = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
         if (w == warp) base = sum;
         sum += s.scratch_d[w];
     }
-    __syncthreads();
+    block_barrier();
     total = sum;
     return base + x;
 }
@@ -151,6 +155,8 @@ __device__ __forceinline__ double block_total(Shared& s, double x) {
     block_scan(s, x, total);
     return total;
 }
+// In how many threads.
+__device__ __forceinline__ int block_count(Shared& s, bool is) { return (int)block_total(s, is ? 1.0 : 0.0); }
 __device__ __forceinline__ u64 warp_max(u64 x) {  // by halves: there is no 64-bit reduction
     const unsigned high = __reduce_max_sync(ALL, (unsigned)(x >> 32));
     return (u64)high << 32 | __reduce_max_sync(ALL, (unsigned)(x >> 32) == high ? (unsigned)x : 0u);
@@ -158,6 +164,8 @@ __device__ __forceinline__ u64 warp_max(u64 x) {  // by halves: there is no 64-b
 __device__ __forceinline__ u64 block_max(Shared& s, u64 x) {
     x = warp_max(x);
     if (threadIdx.x % 32 == 0) s.scratch_k[threadIdx.x / 32] = x;
-    __syncthreads();
+    block_barrier();
     return warp_max(s.scratch_k[threadIdx.x % WARPS]);
 }
+
+}  // namespace sampling

@@ -17,7 +17,7 @@
 // Constants    X_TYPE, OUT_TYPE   bf16 | f32
 //              W_TYPE             bf16 | f16 | f32
 // Work         row(s): 8 warps a block; grid ceil(F parts / 8), rows: / 16; up to 512 bytes of shared memory
-//              mma: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: cuda._tiles
+//              mma: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: tiles.shapes
 //              wgmma: 384 threads; grid pairs of blocks, as many as there are or run at once: a block takes tile after tile
 // Precision    products and sums in float32; expf is within 2 ulp and overflows to infinity, which gives the correct limit 0;
 //              one rounding when OUT_TYPE is bf16
@@ -34,10 +34,11 @@
 #include "mma.cuh"
 #include "wgmma.cuh"
 
-template <int COLUMNS, int MAX_T>
-__device__ __forceinline__ void few_rows(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x,
-                                         const W_TYPE* __restrict__ gate_proj, const W_TYPE* __restrict__ up_proj, int T,
-                                         int F, int C, int parts) {
+#define PARAMETERS_OF(X, W) OUT_TYPE *__restrict__ out, X x, W gate_proj, W up_proj, int T, int F, int C
+#define PARAMETERS PARAMETERS_OF(const X_TYPE *__restrict__, const W_TYPE *__restrict__)
+#define ARGUMENTS out, x, gate_proj, up_proj, T, F, C
+
+template <int COLUMNS, int MAX_T> __device__ __forceinline__ void few_rows(PARAMETERS, int parts) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % MAX_T;
     const int first = COLUMNS * (blockIdx.x * (8 / parts) + warp / parts), f = first + lane / MAX_T;
     const bool wide = C % 8 == 0 && ((size_t)x | (size_t)gate_proj | (size_t)up_proj) % 16 == 0;
@@ -57,21 +58,16 @@ __device__ __forceinline__ void few_rows(OUT_TYPE* __restrict__ out, const X_TYP
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-swiglu_row(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ gate_proj,
-           const W_TYPE* __restrict__ up_proj, int T, int F, int C, int parts) {
-    few_rows<1, 1>(out, x, gate_proj, up_proj, T, F, C, parts);
+swiglu_row(PARAMETERS, int parts) {
+    few_rows<1, 1>(ARGUMENTS, parts);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)  // more blocks spill
-swiglu_rows(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ gate_proj,
-            const W_TYPE* __restrict__ up_proj, int T, int F, int C, int parts) {
-    few_rows<2, 4>(out, x, gate_proj, up_proj, T, F, C, parts);
+swiglu_rows(PARAMETERS, int parts) {
+    few_rows<2, 4>(ARGUMENTS, parts);
 }
 
-template <class Tile>
-__device__ __forceinline__ void tensor_tile(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x,
-                                            const W_TYPE* __restrict__ gate_proj, const W_TYPE* __restrict__ up_proj, int T,
-                                            int F, int C) {
+template <class Tile> __device__ __forceinline__ void tensor_tile(PARAMETERS) {
     if constexpr (on_tensor_cores<W_TYPE>) {
         DYNAMIC_SHARED(unsigned char, shared);
         int row0, col0;
@@ -111,29 +107,21 @@ typedef WideTile<X_TYPE, 64> Wide;
 typedef MiddleTile<X_TYPE, MIDDLE_COLUMNS<X_TYPE>, MIDDLE_COLUMNS<X_TYPE> / 2> Middle;
 typedef FewTile<X_TYPE, 32, 16, 16, 16> Few;
 
-extern "C" __global__ void __launch_bounds__(Wide::THREADS, 256 / Wide::THREADS)
-swiglu_mma_wide(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ gate_proj,
-                const W_TYPE* __restrict__ up_proj, int T, int F, int C) {
-    tensor_tile<Wide>(out, x, gate_proj, up_proj, T, F, C);
+extern "C" __global__ void __launch_bounds__(Wide::THREADS, 256 / Wide::THREADS) swiglu_mma_wide(PARAMETERS) {
+    tensor_tile<Wide>(ARGUMENTS);
 }
 
-extern "C" __global__ void __launch_bounds__(Middle::THREADS, 2)
-swiglu_mma_middle(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ gate_proj,
-                  const W_TYPE* __restrict__ up_proj, int T, int F, int C) {
-    tensor_tile<Middle>(out, x, gate_proj, up_proj, T, F, C);
+extern "C" __global__ void __launch_bounds__(Middle::THREADS, 2) swiglu_mma_middle(PARAMETERS) {
+    tensor_tile<Middle>(ARGUMENTS);
 }
 
-extern "C" __global__ void __launch_bounds__(Few::THREADS)
-swiglu_mma_few(OUT_TYPE* __restrict__ out, const X_TYPE* __restrict__ x, const W_TYPE* __restrict__ gate_proj,
-               const W_TYPE* __restrict__ up_proj, int T, int F, int C) {
-    tensor_tile<Few>(out, x, gate_proj, up_proj, T, F, C);
+extern "C" __global__ void __launch_bounds__(Few::THREADS) swiglu_mma_few(PARAMETERS) {
+    tensor_tile<Few>(ARGUMENTS);
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-template <class Tile>
-__device__ __forceinline__ void wgmma_tiles(OUT_TYPE* __restrict__ out, const TensorMap& x, const TensorMap& gate_proj,
-                                            const TensorMap& up_proj, int T, int F, int C) {
+template <class Tile> __device__ __forceinline__ void wgmma_tiles(PARAMETERS_OF(const TensorMap&, const TensorMap&)) {
     if constexpr (on_tensor_cores<X_TYPE> && on_tensor_cores<W_TYPE>) {
         DYNAMIC_SHARED(unsigned char, shared);
         const auto box = [&](int i, int column) { return WgmmaBox{i ? &up_proj : &gate_proj, column / 2}; };
@@ -164,27 +152,23 @@ __device__ __forceinline__ void wgmma_tiles(OUT_TYPE* __restrict__ out, const Te
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-swiglu_wgmma_wide(OUT_TYPE* __restrict__ out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate_proj,
-                  const __grid_constant__ TensorMap up_proj, int T, int F, int C) {
-    wgmma_tiles<WgmmaWide<128>>(out, x, gate_proj, up_proj, T, F, C);
+swiglu_wgmma_wide(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_tiles<WgmmaWide<128>>(ARGUMENTS);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-swiglu_wgmma_turns(OUT_TYPE* __restrict__ out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate_proj,
-                  const __grid_constant__ TensorMap up_proj, int T, int F, int C) {
-    wgmma_tiles<WgmmaTurns<64>>(out, x, gate_proj, up_proj, T, F, C);
+swiglu_wgmma_turns(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_tiles<WgmmaTurns<64>>(ARGUMENTS);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-swiglu_wgmma_middle(OUT_TYPE* __restrict__ out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate_proj,
-                  const __grid_constant__ TensorMap up_proj, int T, int F, int C) {
-    wgmma_tiles<WgmmaMiddle<64>>(out, x, gate_proj, up_proj, T, F, C);
+swiglu_wgmma_middle(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_tiles<WgmmaMiddle<64>>(ARGUMENTS);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-swiglu_wgmma_few(OUT_TYPE* __restrict__ out, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate_proj,
-                  const __grid_constant__ TensorMap up_proj, int T, int F, int C) {
-    wgmma_tiles<WgmmaFew<32>>(out, x, gate_proj, up_proj, T, F, C);
+swiglu_wgmma_few(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
+    wgmma_tiles<WgmmaFew<32>>(ARGUMENTS);
 }
 
 #endif

@@ -96,22 +96,32 @@ struct WgmmaTile {
         Place place;
         if (group < 0) {
             fewer_registers<40>();
-            if (threadIdx.x == 0)
-                for (Tiles tiles(T, N); tiles.find(); tiles.next())
-                    for (int step = 0; step < steps; step++, place.next()) {
-                        unsigned char* const stage = shared + place.stage * STAGE;
-                        mbarrier* const arrived = full + place.stage;
-                        mbarrier_wait(empty + place.stage, place.turn ^ 1);
-                        mbarrier_arrive_expect(arrived, STAGE);
-                        bulk_copy_2d(stage, &x, step * BK, tiles.row, arrived);
-                        for (int i = blockIdx.x % PEERS; i < BN / BOX; i += PEERS) {
-                            const WgmmaBox from = box(i, tiles.column);
-                            unsigned char* const to = stage + X_BYTES + i * BOX * BK * 2;
-                            bulk_copy_2d_to(to, from.map, step * BK, from.row, arrived, (1u << PEERS) - 1);
-                        }
+            if (threadIdx.x == 0) {
+                const auto copy_w = [&](Place at, int step, int column) {
+                    mbarrier_arrive_expect(full + at.stage, STAGE);
+                    for (int i = blockIdx.x % PEERS; i < BN / BOX; i += PEERS) {
+                        const WgmmaBox from = box(i, column);
+                        unsigned char* const to = shared + at.stage * STAGE + X_BYTES + i * BOX * BK * 2;
+                        bulk_copy_2d_to(to, from.map, step * BK, from.row, full + at.stage, (1u << PEERS) - 1);
                     }
+                };
+                // Of the first tile the weights, which no launch before writes, while these end.
+                Tiles tiles(T, N);
+                const bool any = tiles.find();
+                for (Place at; any && at.turn == 0 && at.stage < steps; at.next()) copy_w(at, at.stage, tiles.column);
+                wait_for_launches_before();
+                for (bool first = true; tiles.find(); tiles.next(), first = false)
+                    for (int step = 0; step < steps; step++, place.next()) {
+                        if (!first || step >= STAGES) {
+                            mbarrier_wait(empty + place.stage, place.turn ^ 1);
+                            copy_w(place, step, tiles.column);
+                        }
+                        bulk_copy_2d(shared + place.stage * STAGE, &x, step * BK, tiles.row, full + place.stage);
+                    }
+            }
         } else {
             more_registers<232>();
+            wait_for_launches_before();
             const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4, offset = (TURNS ? 0 : 64 * group) + warp % 4 * 16;
             float* const memory = reinterpret_cast<float*>(shared + TRADE + warp * TRADE_BYTES);
             int number = 0;

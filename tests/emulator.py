@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from cuda_cpu import build
 from cuda_cpu.build import SANITIZE, available, unavailable_reason
-from recorder import Recorder
+from recorder import Recorder, TensorMap, behind, pointer
 
 from cuqwen import cuda, launch, ops
 
@@ -188,12 +188,14 @@ def _hold_back(args: tuple, written: dict[int, np.ndarray], late: tuple[int, ...
     for each array, by address, that the launch may not read or write before."""
     held = {}
     for i in {*written, *late}:
-        array = args[i]
+        array = behind(args[i])
         if not isinstance(array, np.ndarray) or array.ctypes.data in held:
             continue
         now = array.tobytes()
         nan = b"\xff" * len(now)
-        is_late = any(isinstance(args[j], np.ndarray) and args[j].ctypes.data == array.ctypes.data for j in late)
+        is_late = any(
+            isinstance(args[j], np.ndarray) and behind(args[j]).ctypes.data == array.ctypes.data for j in late
+        )
         copies = [ctypes.create_string_buffer(data, len(now)) for data in (nan if is_late else now, now)]
         if is_late:
             ctypes.memmove(array.ctypes.data, nan, len(now))
@@ -293,7 +295,9 @@ def tensor_map(matrix: np.ndarray, box_rows: int) -> np.ndarray:
     columns = matrix.shape[-1]
     words = np.zeros(16, np.uint64)
     words[:5] = matrix.ctypes.data, matrix.size // columns, columns, box_rows, 0x70616D726F736E74
-    return words.view("V128")
+    result = words.view("V128").view(TensorMap)
+    result.matrix = pointer(matrix)
+    return result
 
 
 @functools.cache
@@ -310,6 +314,33 @@ def _check_red_zone(array: np.ndarray, name: str) -> None:
     for side, zone in (("before", owner[:start]), ("after", owner[stop:])):
         if (zone != 0xFF).any():
             raise KernelError(f"{name}: something was written just {side} an array of {stop - start} bytes")
+
+
+class Sender:
+    """`launch.Sender` for NumPy arrays. What is sent arrives when its buffer is wanted again, or all is finished."""
+
+    def __init__(self, device: int, size: int) -> None:
+        self._slots: list[list] = [[bytearray(size), None], [bytearray(size), None]]
+
+    def buffer(self) -> memoryview:
+        self._slots.reverse()
+        self._arrive(self._slots[0])
+        return memoryview(self._slots[0][0])
+
+    def send(self, array: np.ndarray, first: int, count: int) -> None:
+        self._slots[0][1] = (array.reshape(-1).view(np.uint8), first, count)
+
+    def finish(self) -> None:
+        for slot in self._slots:
+            self._arrive(slot)
+
+    @staticmethod
+    def _arrive(slot: list) -> None:
+        memory, target = slot
+        if target is not None:
+            array, first, count = target
+            array[first : first + count] = np.frombuffer(memory, np.uint8)[:count]
+            slot[1] = None
 
 
 @pytest.fixture
@@ -333,8 +364,14 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
         "record": recorder.record,
         "copy": recorder.copy,
         "upload": upload,
+        "compiling": lambda *_: contextlib.nullcontext(),
+        "Sender": Sender,
+        "settled_device": lambda: 0,
         "tensor_map": tensor_map,
+        "host_array": lambda size, dtype: (array := upload(np.zeros(size, dtype)), array),
         "wgmma_processors": lambda: 0,  # as on a GPU before Hopper, unless a test says otherwise
+        "wait": lambda: None,
+        "is_idle": lambda: True,
         "has_gpu": lambda: True,
         "cupy": lambda: None,
         "free_bytes": lambda: 1 << 40,

@@ -22,7 +22,7 @@ class Recorder:
             if self._calls is None:
                 start(grid, block, args, shared_bytes)
             else:
-                self._calls.append((start, grid, block, [self._pointer(arg) for arg in args], shared_bytes, dependent))
+                self._calls.append((start, grid, block, [pointer(arg) for arg in args], shared_bytes, dependent))
 
         return launch
 
@@ -51,7 +51,9 @@ class Recorder:
             written = set()  # arrays, by the first byte of their owners
             for start, grid, block, pointers, shared_bytes, dependent in calls:
                 args = tuple(_array(pointer) for pointer in pointers)
-                owners = {i: _owner(arg).ctypes.data for i, arg in enumerate(args) if isinstance(arg, np.ndarray)}
+                owners = {
+                    i: _owner(behind(arg)).ctypes.data for i, arg in enumerate(args) if isinstance(arg, np.ndarray)
+                }
                 late = tuple(i for i, owner in owners.items() if owner in written)
                 start(grid, block, args, shared_bytes, dependent, late if dependent else ())
                 written |= {owners[i] for i in start.writes if i in owners}
@@ -63,12 +65,21 @@ class Recorder:
     def copy(target, source):
         target[...] = source
 
-    @staticmethod
-    def _pointer(arg):
-        if not isinstance(arg, np.ndarray) or arg.dtype.type is np.void:  # structures go by value
-            return arg
-        owner = _owner(arg)
-        return weakref.ref(owner), arg.ctypes.data - owner.ctypes.data, arg.shape, arg.dtype
+
+class TensorMap(np.ndarray):
+    """A structure that names a matrix, kept as `pointer` gives it."""
+
+
+def pointer(arg):
+    if not isinstance(arg, np.ndarray) or arg.dtype.type is np.void:  # structures go by value
+        return arg
+    owner = _owner(arg)
+    return weakref.ref(owner), arg.ctypes.data - owner.ctypes.data, arg.shape, arg.dtype
+
+
+def behind(arg):
+    """The array that a launch reads through an argument."""
+    return _array(arg.matrix) if isinstance(arg, TensorMap) else arg
 
 
 def _owner(array):

@@ -75,12 +75,21 @@ class Terminal:
         """Ctrl-C."""
         self.type("\x03")
 
+    def interrupt_until(self, text):
+        """Ctrl-C at the prompt, again where `text` is not shown within three seconds: readline notices one that comes between
+        two keys only with the next key."""
+        while text not in self.text:
+            assert time.monotonic() < self.deadline, f"{text!r} was not shown in {self.shown!r}"
+            self.interrupt()
+            patience = time.monotonic() + 3
+            while text not in self.text and time.monotonic() < patience and self._read():
+                pass
+
     def end_by_interrupt(self):
-        """Ctrl-C at the prompt, again where the program goes on for five seconds: readline misses one that comes while it draws
-        the prompt. The exit status."""
+        """Ctrl-C at the prompt, again where the program goes on for a second: it wants two. The exit status."""
         while time.monotonic() < self.deadline:
             self.interrupt()
-            patience = time.monotonic() + 5
+            patience = time.monotonic() + 1
             while time.monotonic() < patience:
                 if not self._read():
                     return self.process.wait(timeout=10)

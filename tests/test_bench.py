@@ -82,6 +82,18 @@ def test_wrong_usage(capsys, arguments, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [("--revision", "main"), ("--check-weights",)])
+def test_random_weights_have_no_checkpoint(capsys, option):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "--random", "0.6B", *option])
+    assert stopped.value.code == 2 and f"{option[0]}" in capsys.readouterr().err
+
+
+def test_one_repetition_has_no_deviation(run):
+    line = run("-p", "0", "-n", "2", "-r", "1")[1].splitlines()[2]
+    assert re.search(r"\| tg2  \| +[\d,.]+ \|", line) and "±" not in line
+
+
 def test_a_context_too_long_is_refused_before_anything_is_measured(run, monkeypatch):
     monkeypatch.setattr(bench, "measure", None)
     status, text, errors = run("-d", "1000000")

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cuqwen import cuda, launch, ops, rope_table
+from cuqwen import cuda, launch, ops, rope_table, tiles
 from cuqwen.config import Config
 from cuqwen.decode_step import DecodeStep
 from cuqwen.model import Device, Qwen3
@@ -231,9 +231,10 @@ CASES = [
     Case("qk_norm", ops.qk_norm, lambda r, w: call(r(3, 4, 64), r(3, 2, 64), r(3, 4) ** 2, r(3, 2) ** 2, rows=r.rng.permutation(7)[:3].astype(np.int32), out=(None, empty(7, 2, 64, dtype=w)))),
     Case("attention_1", ops.attention, lambda r, w: attention(r, w, 7, 90, H=2, D=24), (ATTENTION,), largest_value),
     Case("attention_2", ops.attention, lambda r, w: attention(r, w, 2, 700), (ATTENTION,), largest_value),
+    Case("attention_4", ops.attention, lambda r, w: attention(r, w, 1, 300, H=10, D=96), (ATTENTION,), largest_value),
+    *(Case("attention_group", ops.attention, lambda r, w, H=H, D=D: attention(r, w, 2, 700, H=H, D=D), (ATTENTION_MMA,), largest_value, (BF16,)) for H, D in ((6, 64), (10, 128), (18, 64))),
     *(Case("attention_mma", ops.attention, lambda r, w, q=q, D=D: prompt(r, w, q, D), (roundings,), largest_value, (BF16,), tile="mma") for q, D, roundings in ((F32, 64, ATTENTION_MMA), (F32, 128, ATTENTION_MMA), (BF16, 64, 2.0**16), (BF16, 128, 2.0**16))),
     *(Case("attention_wgmma", ops.attention, lambda r, w, D=D: prompt(r, w, BF16, D), (2.0**16,), largest_value, (BF16,), 90, "wgmma") for D in (64, 128)),
-    Case("attention_4", ops.attention, lambda r, w: attention(r, w, 1, 300, H=10), (ATTENTION,), largest_value),
     Case("silu_mul", ops.silu_mul, lambda r, w: call(r(3, 257, scale=20), r(3, 257), out=empty(3, 257, dtype=w)), (SILU,), types=(F32, BF16)),
     Case("argmax_row", ops.argmax, lambda r, w: call(r(3, 3000)), types=(F32,)),
     Case("argmax_row", ops.argmax, lambda r, w: call(r(3, 9000)), types=(F32,)),
@@ -289,7 +290,7 @@ def placed(value, put):
 
 def execute(case, arguments, put, get):
     """(the call's results as NumPy arrays, what was launched for them)."""
-    forced = mock.patch.object(cuda, "_choose", lambda *_: case.tile) if case.tile else contextlib.nullcontext()
+    forced = mock.patch.object(tiles, "choose", lambda *_: case.tile) if case.tile else contextlib.nullcontext()
     without = (
         mock.patch.object(launch, "wgmma_processors", lambda: 0) if case.tile == "mma" else contextlib.nullcontext()
     )

@@ -12,9 +12,9 @@ import pytest
 from terminal import CUQWEN, ESCAPES, Terminal, environment, interrupt_at_import
 
 import cuqwen
-from cuqwen import cli
+from cuqwen import cli, thinking
 from cuqwen.api import Model
-from cuqwen.commands import answers, chat
+from cuqwen.commands import chat
 from cuqwen.commands.conversation import MARK, Conversation
 from cuqwen.model import Qwen3
 from cuqwen.tokenizer import Tokenizer
@@ -227,35 +227,44 @@ def test_thinking_budget(monkeypatch, capsys, streams, thinker):
     arguments = ("--model", thinker, "--temperature", "0", "--max-tokens", "80", "--thinking-budget", "10")
     status, out, _ = through_pipe(monkeypatch, capsys, ["Why?"], *arguments)
     model = cuqwen.load(thinker, device="cpu")
-    first, second = streams
-    sentence = model.tokenizer.encode(answers.ENOUGH)
-    assert status == 0 and second["ids"] == first["ids"] + first["tokens"] + sentence and len(first["tokens"]) == 10
-    assert len(second["tokens"]) == 70 - len(sentence)
     monkeypatch.undo()
-    answer = model.generate(second["ids"], max_tokens=len(second["tokens"]), temperature=0)
-    assert out == answer.lstrip("\n") + "\n" * (not answer.endswith("\n"))  # a pipe has no thinking
+    [turn] = streams
+    sentence = model.tokenizer.encode(thinking.ENOUGH)
+    thought = [step.token for step in model.stream(turn["ids"], max_tokens=10, temperature=0)]
+    rest = [*turn["ids"], *thought, *sentence], 70 - len(sentence)
+    answer = [step.token for step in model.stream(rest[0], max_tokens=rest[1], temperature=0)]
+    assert status == 0 and turn["tokens"] == [*thought, *sentence, *answer]
+    text = model.generate(rest[0], max_tokens=rest[1], temperature=0)
+    assert out == text.lstrip("\n") + "\n" * (not text.endswith("\n"))  # a pipe has no thinking
     assert cli.main(["generate", "Why?", "--quiet", "--device", "cpu", *arguments]) == 0
-    assert answers.ENOUGH + answer in capsys.readouterr().out
+    assert thinking.ENOUGH + text in capsys.readouterr().out
+    messages = [{"role": "user", "content": "Why?"}]
+    given = {"max_tokens": 80, "temperature": 0, "thinking_budget": 10}
+    assert [step.token for step in model.stream(messages, **given)] == turn["tokens"]
+    assert [step.token for step in model.stream(messages, **given | {"thinking_budget": 79})] != turn["tokens"]
+    for bad, error in ((0, ValueError), (-1, ValueError), (True, TypeError), (1.5, TypeError)):
+        with pytest.raises(error, match="stream: thinking_budget: wanted"):
+            model.stream(messages, thinking_budget=bad)
 
 
 def test_nothing_is_lost_where_thinking_is_cut_and_no_number_is_drawn_twice(demo, monkeypatch):
-    monkeypatch.setattr(answers, "opens_thinking", lambda model, ids: True)
-    ids, seeds, original = demo.tokenizer.encode("In the beginning"), [], Model.stream
+    monkeypatch.setattr(thinking, "opens_thinking", lambda tokenizer, ids: True)
+    ids, samplings, run = demo.tokenizer.encode("In the beginning"), [], Model._run
 
-    def noted(self, prompt, **arguments):
-        seeds.append(arguments["seed"])
-        return original(self, prompt, **arguments)
+    def noted(self, prompt, max_tokens, sampling, *rest):
+        samplings.append(sampling)
+        return run(self, prompt, max_tokens, sampling, *rest)
 
-    monkeypatch.setattr(Model, "stream", noted)
-    first = next(iter(original(demo, ids, max_tokens=1, temperature=0.0)))
-    steps = list(
-        answers.stream(
-            demo, ids, max_tokens=60, thinking_budget=1, temperature=0.0, stop=(first.text + "NEVER",), seed=7
-        )
-    )
-    text = "".join(step.text for step in steps)
-    assert text == demo.tokenizer.decode(step.token for step in steps) and text.startswith(first.text + answers.ENOUGH)
-    assert len(seeds) == len(set(seeds)) == 2 and all(0 <= seed < 2**64 for seed in seeds)
+    first = next(iter(demo.stream(ids, max_tokens=1, temperature=0.0)))
+    monkeypatch.setattr(Model, "_run", noted)
+    for seed in (7, 2**64 - 1, None):
+        del samplings[:]
+        settings = {"max_tokens": 60, "thinking_budget": 1, "temperature": 0.0, "stop": (first.text + "NEVER",)}
+        steps = list(demo.stream(ids, seed=seed, **settings))
+        text = "".join(step.text for step in steps)
+        assert text == demo.tokenizer.decode(step.token for step in steps)
+        assert text.startswith(first.text + thinking.ENOUGH) and len(samplings) == 2
+        assert (samplings[0].seed != samplings[1].seed) == (seed is not None)
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------
@@ -366,7 +375,7 @@ def test_no_colours(setting, thinker):
     with Terminal([*CUQWEN, "chat", "--model", thinker, *GREEDY], **setting) as t:
         t.until("> ")
         t.type("Why?\r")
-        t.until("> ", 2)
+        t.until("(cut at 12 tokens, still thinking)")
         t.type("/exit\r")
         assert t.end() == 0 and "</think>" in t.text
         assert "\x1b[2m" not in t.shown and ("TERM" not in setting or "\x1b" not in t.shown)
@@ -382,10 +391,20 @@ def test_without_readline():
         assert t.end() == 0
 
 
-def test_interrupt_at_the_prompt_ends():
-    with Terminal([*CUQWEN, "chat", "--model", "demo"]) as t:
+def test_interrupt_at_the_prompt_asks_for_another_one():
+    """One that comes too late for an answer must not cost the conversation; what was typed so far is dropped."""
+    with Terminal([*CUQWEN, "chat", "--model", "demo", *GREEDY]) as t:
         t.until("> ")
+        t.type('"""\rhalf a text')
+        t.until("half a text")
+        t.interrupt_until("(Ctrl-C again ends, and so does /exit)")
+        t.until("> ", 2)
+        t.type("/stats\r")
+        t.until("0 turns, 0 of 2,048 tokens")
+        t.until("> ", 3)
+        assert t.process.poll() is None
         assert t.end_by_interrupt() == 130 and t.settings_are_as_before() and "Traceback" not in t.text
+        assert t.text.count("again ends") == 2  # /stats was between
 
 
 def test_interrupt_stops_the_answer_and_a_second_one_the_program(chatty):

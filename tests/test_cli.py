@@ -71,12 +71,11 @@ def failure_line(result):
 
 
 def usage_line(result):
-    """The complaint of a run that was called wrongly: argparse's usage, then one line."""
+    """The complaint of a run that was called wrongly: what is wrong in one line, where help is in another."""
     assert (result.status, result.out) == (2, ""), result
-    usage, _, line = result.err.rstrip("\n").rpartition("\n")
-    assert usage.startswith("usage: cuqwen") and usage.count("usage:") == 1, result.err
-    assert re.match(r"cuqwen( \w+)?: error: ", line), result.err
-    return line
+    found = re.fullmatch(r"(cuqwen(?: \w+)?)(: error: [^\n]{10,})\n\1 --help tells what it takes\n", result.err)
+    assert found, result.err
+    return found[1] + found[2]
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +225,17 @@ def test_several_answers(capsys):
     assert text(str(2**64 - 1), "--n", "2").endswith("---\n" + text("0"))
 
 
+def test_several_answers_read_the_prompt_once(capsys):
+    arguments = ("generate", *GREEDY, "--device", "cpu", "--n", "3")
+    assert cli.main([*arguments]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" · ")[0] for line in lines] == ["prompt 3 tok", "prompt cached", "prompt cached"]
+    assert cli.main([*arguments, "--stats"]) == 0
+    assert re.findall(r"^prompt +(.*?),", capsys.readouterr().err, re.M) == ["3 tokens", "cached", "cached"]
+    assert cli.main([*arguments, "--json", "--quiet"]) == 0
+    assert [answer["prompt_tokens"] for answer in json.loads(capsys.readouterr().out)["answers"]] == [3, 3, 3]
+
+
 def test_logprobs(demo, capsys):
     assert cli.main(["generate", *GREEDY, "--json", "--quiet", "--device", "cpu", "--logprobs", "3"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -320,6 +330,7 @@ def test_impossible_values_are_wrong_usage(option, capsys):
 
 WRONG_USAGE = [
     (),
+    ("--no-such-option",),
     ("generate",),
     ("generate", "x"),
     ("generate", "x", "--model"),
@@ -363,6 +374,11 @@ def test_wrong_usage_is_told_at_once(arguments):
     result, modules = imported_modules(*arguments)
     usage_line(result)
     assert "cuqwen.cli" in modules and not modules & HEAVY
+
+
+def test_without_a_command_they_are_named():
+    told = f"cuqwen: error: wanted a command: {', '.join(cli.COMMANDS)}"
+    assert usage_line(run(*CUQWEN)) == told and usage_line(run(*CUQWEN, "invent", "x")) == f"{told}; got 'invent'"
 
 
 def test_help_and_version_are_told_at_once():
@@ -423,8 +439,27 @@ def test_prompt_longer_than_the_context():
 def test_prompt_and_max_tokens_longer_than_the_context():
     assert "2048" in failure(PROMPT, "--model", "demo", "--max-tokens", "2048")
     line = failure(PROMPT, "--model", "demo", "--max-context", "20", "--max-tokens", "20")
-    assert "20" in line and "max_tokens" in line.replace("-", "_")
-    assert "2048" in failure(PROMPT, "--model", "demo", "--max-context", "4096")
+    assert "prompt of 3 tok and --max-tokens 20: wanted at most 20 together" in line and "up to 17" in line
+    assert "shorten the prompt" in failure(PROMPT, "--model", "demo", "--max-context", "2", "--max-tokens", "1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-context", "4096"), "--max-context: wanted 1..2048, the model's"),
+        (("--json", "--logprobs", "4097"), "--logprobs: wanted 1..4096, the tokens that there are, got 4097"),
+    ],
+)
+def test_what_only_the_model_knows_is_told_in_the_flags_words(options, message):
+    line = failure(PROMPT, "--model", "demo", *options)
+    assert line.startswith(f"cuqwen: error: {message}") and not re.search("load:|stream:|max_context", line)
+
+
+def test_a_model_that_does_not_fit_is_told_in_the_flags_words(monkeypatch, capsys):
+    monkeypatch.setattr("cuqwen.memory.free_bytes", lambda _: 64_000_000)
+    assert cli.main(["generate", "x", "--model", "demo", "--device", "cpu", "--max-context", "2048"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"error: \S+demo: wanted 0\.0\d GB .*; use --max-context \d+\n", error) and "max_" not in error
 
 
 @pytest.mark.parametrize("bad", [b"\xff", b"In the \xc3", b"\xed\xa0\x80", "Größe".encode("latin-1")])
@@ -691,6 +726,13 @@ def test_interrupt_while_loading(module):
     assert (result.status, result.out) == (130, "") and result.err.count("\n") <= 2
 
 
+@pytest.mark.parametrize("command", [("bench", "--random", "0.6B"), ("perplexity", "demo", __file__), ("info", "demo")])
+def test_interrupt_while_numpy_is_imported(command):
+    """Also where another extension imports it, and would turn the interrupt into an ImportError."""
+    result = run(*interrupt_at_import("numpy", *command))
+    assert result.status == 130 and result.err == "\ncuqwen: interrupted\n"
+
+
 def test_interrupt_in_a_terminal_leaves_it_clean(endless, greedy):
     start = greedy[: len(greedy) // 2]
     status, shown, same_settings = in_terminal(long_run(endless), "\x03", after=start.split("\n")[0])
@@ -706,7 +748,7 @@ def test_text_in_a_terminal(greedy):
 
 def test_no_prompt_in_a_terminal_does_not_wait():
     status, shown, _ = in_terminal([sys.executable, "-m", "cuqwen", "generate", "--model", "demo"])
-    assert status == 2 and "PROMPT" in shown.splitlines()[-1]
+    assert status == 2 and "PROMPT" in shown.splitlines()[0] and shown.count("\n") == 2
 
 
 def test_prompt_typed_in_a_terminal(greedy):

@@ -58,7 +58,7 @@ embed embed : TABLE_TYPE=bf16
 rmsnorm rmsnorm_row : X_TYPE=f32 W_TYPE=f32 OUT_TYPE=f32
 qkv_rope qkv_rope_mma_few qkv_rope_row : X_TYPE=f32 W_TYPE=bf16 K_TYPE=f32 V_TYPE=bf16 HEAD_DIM=128
 qk_norm qk_norm : Q_TYPE=f32 K_TYPE=bf16
-attention attention_2 : KV_TYPE=bf16 HEAD_DIM=128
+attention_group attention_group : HEAD_DIM=128
 matmul matmul_mma_few matmul_row : X_TYPE=f32 W_TYPE=bf16
 swiglu swiglu_mma_few swiglu_row : X_TYPE=f32 W_TYPE=bf16 OUT_TYPE=f32
 argmax argmax_row :
@@ -190,6 +190,7 @@ USES = {
     "bulk_copy": ("bulk_copy(all, in, n, b);", 90),
     "bulk_copy_once": ("bulk_copy_once(all, in, n, b);", 90),
     "fence_proxy_async": ("fence_proxy_async();", 90),
+    "fence_proxy_async_all": ("fence_proxy_async_all();", 90),
     "bulk_copy_2d": ("bulk_copy_2d(all, map, n, n, b);", 90),
     "bulk_copy_2d_to": ("bulk_copy_2d_to(all, map, n, n, b, 3);", 90),
     "prefetch_map": ("prefetch_map(map);", 90),
@@ -213,6 +214,8 @@ USES = {
     "load_relaxed": ("x = load_relaxed(in);", 80),
     "load_relaxed2": ("load_relaxed2(in, x, y);", 80),
     "store_relaxed2": ("store_relaxed2(out, n, n);", 80),
+    "store_host": ("store_host(reinterpret_cast<int*>(out), 1);", 80),
+    "load_host": ("r[0] = load_host(reinterpret_cast<const int*>(in));", 80),
     "add_release": ("add_release(reinterpret_cast<unsigned*>(out), n);", 80),
     "load_acquire": ("r[0] = load_acquire(reinterpret_cast<const unsigned*>(in));", 80),
     "global_timer": ("x = global_timer();", 80),

@@ -10,7 +10,7 @@ from checkpoints import Spec, write
 from cuqwen import decode_step, launch, weights
 from cuqwen.config import Config
 from cuqwen.decode import Choice, Decoder
-from cuqwen.decode_step import NO_CHOICE, DecodeStep
+from cuqwen.decode_step import ENDED, NO_CHOICE, DecodeStep
 from cuqwen.model import Device, Qwen3
 from cuqwen.sampling import Sampling
 
@@ -184,7 +184,7 @@ def test_decode_step_without_a_choice(start, tmp_path, poison):
     step()
     logits = host(step.logits)[0, :256]
     assert np.array_equal(logits, np.full(256, 0 if poison is None else poison, F32), equal_nan=True)
-    assert host(step.state).tolist() == [0 if poison is None else NO_CHOICE, 0]
+    assert host(step.state).tolist() == ([0, 0] if poison is None else [NO_CHOICE, ENDED])
 
 
 @pytest.mark.parametrize("token,position", [(-1, 2), (264, 2), (1, -1), (1, 4)])
@@ -197,7 +197,7 @@ def test_decode_step_of_what_does_not_exist(start, tmp_path, token, position):
     step = DecodeStep(network, cache, 264)
     put(step.ids, [token]), put(step.position, [position])
     step()
-    assert host(step.state).tolist() == [NO_CHOICE, 0] and np.isnan(host(step.logits)).all()
+    assert host(step.state).tolist() == [NO_CHOICE, ENDED] and np.isnan(host(step.logits)).all()
     assert (host(cache.keys) == 3).all() and (host(cache.values) == 3).all()
 
 

@@ -386,6 +386,24 @@ def test_a_failure_inside_a_step_leaves_the_sequence_as_it_was(monkeypatch):
     assert np.array_equal(network.forward(np.array([9]), cache), network.forward(np.array([9]), fresh))
 
 
+@pytest.mark.parametrize(
+    "given,kv_dtype",
+    [
+        ({}, BF16),
+        ({"exact": True}, np.float32),
+        ({"exact": True, "kv_dtype": "bfloat16"}, BF16),
+        ({"kv_dtype": "float32"}, np.float32),
+    ],
+)
+def test_exact_keeps_the_cache_in_float32(emulated_gpu, monkeypatch, given, kv_dtype):
+    monkeypatch.setattr(launch, "release_staging", lambda: None)
+    model = cuqwen.load("demo", device="cuda", **given)
+    config = model.config
+    assert model.network.kv_dtype == kv_dtype and (model.network.dtype == BF16) is ("exact" not in given)
+    tables = 4 * config.head_dim + 4
+    assert model.memory_plan.bytes_per_token == KVCache.bytes_per_token(config, kv_dtype) + tables
+
+
 @pytest.mark.gpu
 def test_load_on_the_gpu_through_the_public_face():
     model = cuqwen.load("demo", device="cuda")
@@ -394,7 +412,7 @@ def test_load_on_the_gpu_through_the_public_face():
     assert logits.shape == (3, 4096) and logits.dtype == np.float32
     truth = cuqwen.load("demo", device="cpu", dtype="float64").logits([1, 2, 3])
     assert error(logits.get(), truth) < 2.0**-8  # the cache's rounding
-    exact = cuqwen.load("demo", device="cuda", kv_dtype="float32", exact=True)
+    exact = cuqwen.load("demo", device="cuda", exact=True)
     assert error(exact.logits([1, 2, 3]).get(), truth) < 1e-5
     ids = np.random.default_rng(6).integers(0, 4095, 700)
     truth = cuqwen.load("demo", device="cpu", dtype="float64").logits(ids)

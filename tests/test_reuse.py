@@ -33,21 +33,31 @@ def read(monkeypatch):
     return lengths
 
 
-@pytest.fixture(params=["cpu", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+GPU = [pytest.param(side, marks=pytest.mark.gpu) for side in ("gpu", "gpu-one-launch")]
+
+
+@pytest.fixture(params=["cpu", "emulated", "emulated-one-launch", *GPU])
 def load(request, folder, monkeypatch):
     """Call it for a fresh model. On the CPU in float64, where no rounding decides between tokens; with float32 activations
-    and cache on the kernels."""
-    monkeypatch.setenv("CUQWEN_PORTABLE", "1")
-    if request.param == "emulated":
-        request.getfixturevalue("emulated_gpu").orders = ("ascending",)
+    and cache on the kernels, single tokens by many of them or in one launch."""
+    one_launch = request.param.endswith("one-launch")
+    monkeypatch.setenv("CUQWEN_PORTABLE", str(int(not one_launch)))
+    if request.param.startswith("emulated"):
+        settings = request.getfixturevalue("emulated_gpu")
+        settings.orders, settings.resident_blocks = ("ascending",), 5
         monkeypatch.setattr(launch, "release_staging", lambda: None)
+        monkeypatch.setattr(launch, "resident_blocks", lambda *_: 5)
     options = {"device": "cpu", "dtype": "float64"} if request.param == "cpu" else {"device": "cuda", "exact": True, "kv_dtype": "float32"}  # fmt: skip
 
     def make(**more):
-        return cuqwen.load(folder, **options, **more)
+        model = cuqwen.load(folder, **options, **more)
+        if one_launch and model.fallback:
+            assert request.param == "gpu-one-launch", model.fallback
+            pytest.skip(model.fallback)
+        return model
 
     make.least = 1 if request.param == "cpu" else cuda.FEW_ROWS + 1
-    make.step = 1 if request.param != "emulated" else 2
+    make.step = 1 if not request.param.startswith("emulated") else 2
     return make
 
 
@@ -227,6 +237,10 @@ def test_memory_errors_say_what_was_wanted(load, monkeypatch):
         patch.setattr(Qwen3, "new_cache", lambda *_: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError, match=r"604 tokens need 0\.\d\d GB of cache .*use fewer tokens"):
             tokens(model, IDS[:600])
+        with pytest.raises(
+            MemoryError, match=r"600 tokens need .* cache, 0\.00 GB for their logits \[600, 264\] and some"
+        ):
+            model.logits(IDS[:600])
     assert model._kept[0].cache is None and tokens(model, IDS[:20]) == tokens(load(), IDS[:20])
 
 
@@ -243,12 +257,13 @@ def test_an_answer_like_the_last_one_records_nothing_anew(load, monkeypatch, set
     assert runs[0] == runs[2] and len(decoders) == 1
     assert runs[1] == tokens(load(), IDS[:20], 6, seed=2, **settings)
     if model.device == "cuda":
-        assert recorded == 2  # a step, and the prompt when it came again
+        many = model.fallback is not None
+        assert recorded == 1 + many  # the prompt when it came again, and a step of many kernels
         del records[:]
         other = tokens(model, IDS[:20], 6, seed=3, temperature=1.5, top_k=3)
-        assert len(records) == 1 and other == tokens(load(), IDS[:20], 6, seed=3, temperature=1.5, top_k=3)
-    assert tokens(model, IDS[:20], 300, seed=1, **settings)[:6] == runs[0]
-    assert model._kept[0].choice.room >= 300  # more random numbers than there were
+        assert len(records) == many and other == tokens(load(), IDS[:20], 6, seed=3, temperature=1.5, top_k=3)
+    assert tokens(model, IDS[:20], 260, seed=1, **settings)[:6] == runs[0]
+    assert model._kept[0].choice.room >= 260  # more random numbers than there were
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -299,6 +314,7 @@ def test_a_closed_model(load):
 
 def test_a_fallback_is_told(load, monkeypatch):
     model = load()
+    monkeypatch.setenv("CUQWEN_PORTABLE", "1")
     assert model.fallback == (None if model.device == "cpu" else "CUQWEN_PORTABLE is set")
     monkeypatch.delenv("CUQWEN_PORTABLE")
     monkeypatch.setattr(decode, "obstacle", lambda network: "it takes another GPU")

@@ -24,8 +24,8 @@ OPERATIONS = (
     "sample",
 )
 ORDER = (
-    "config", "hub", "launch", "bandwidth", "rope", "sampling", "reference", "cuda", "ops", "weights", "cache", "model", "memory", "sizes", "prompt", "decode_step",
-    "decode", "bench", "tokenizer", "generate", "api", "commands", "cli",
+    "strict_json", "yarn", "config", "hub", "driver", "launch", "bandwidth", "rope", "sampling", "reference", "tiles", "cuda", "ops", "weights", "cache", "model", "memory", "sizes", "prompt", "decode_step",
+    "decode", "bench", "tokenizer", "generate", "thinking", "startup", "api", "commands", "cli",
 )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def _public_functions(module):
 def test_every_operation_is_a_kernel_file_and_a_function_in_each_module():
     assert {p.stem for p in launch.KERNEL_FOLDER.glob("*.cu")} == {
         *OPERATIONS,
+        "attention_group",
         "attention_mma",
         "attention_wgmma",
         "decode_step",
@@ -120,6 +121,27 @@ def test_nothing_that_windows_lacks_is_imported_unguarded():
         for node in set(ast.walk(tree)) - guarded:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not lacking & {*names, *([node.module] if isinstance(node, ast.ImportFrom) else [])}, path
+
+
+def test_nothing_that_windows_lacks_is_called_and_texts_name_their_encoding():
+    lacking = {
+        "os": "chown fchown fork forkpty geteuid getgid getloadavg getpgid getuid killpg lchown major mkfifo mknod nice openpty "
+        "posix_fadvise posix_fallocate pread preadv pwrite sched_getaffinity sendfile setsid statvfs sysconf uname wait",
+        "signal": "SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGUSR1 SIGUSR2 SIGWINCH alarm pause pthread_sigmask setitimer",
+    }
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert node.attr not in lacking.get(node.value.id, "").split(), where
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith(("/tmp", "/dev/")), where
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            opens_text = isinstance(node.func, ast.Name) and name == "open" and "b" not in ast.unparse(node.args[1:2])
+            if opens_text or name in ("read_text", "write_text"):
+                assert (name == "read_text" and node.args) or "encoding" in {k.arg for k in node.keywords}, where
 
 
 def test_no_assert_for_what_a_caller_can_cause():

@@ -4,18 +4,23 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
+from emulator import Sender
 from safetensors.numpy import save_file
 
-from cuqwen import weights
+from cuqwen import launch, weights
 from cuqwen.config import CheckpointError, Config
+from cuqwen.model import Device
 from cuqwen.weights import check_finite, expected_tensors, read
 
 QWEN3 = Config(
@@ -456,6 +461,115 @@ def test_check_finite_names_tensor_count_and_first_index(tmp_path, dtype, window
     message = refused(tmp_path, QWEN3, "in 2 tensors: ", call=check_finite)
     assert f"{Q_PROJ}: 2 of 288 (first nan at [17, 5])" in message
     assert "model.layers.0.input_layernorm.weight: 1 of 12 (first inf at [11])" in message
+
+
+# --- to a GPU ---------------------------------------------------------------------------------------------------------
+
+
+class Sent(Sender):
+    """The emulator's, which also counts, fails where it is told to, and is as slow."""
+
+    made, sent, fail_at, seconds = 0, 0, None, 0.0
+
+    def __init__(self, device, size):
+        super().__init__(device, size)
+        type(self).made += 1
+
+    def send(self, array, first, count):
+        if self.fail_at is not None and first >= self.fail_at:
+            raise RuntimeError("the GPU has fallen off the bus")
+        time.sleep(self.seconds)
+        type(self).sent += count
+        super().send(array, first, count)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Matrices are reserved and sent, in pieces of 50 bytes by up to three threads. No thread outlives the call."""
+    before = set(threading.enumerate())
+    monkeypatch.setattr(launch, "settled_device", lambda: 0)
+    monkeypatch.setattr(launch, "Sender", type("Fresh", (Sent,), {}))
+    monkeypatch.setattr(weights, "_PIECE", 50)
+    monkeypatch.setattr(weights, "_THREADS", 3)
+    yield launch.Sender
+    assert set(threading.enumerate()) <= before
+
+
+def reserve(shape, dtype):
+    return np.full(shape, np.nan, dtype) if len(shape) > 1 else None
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32], ids=["bf16", "f16", "f32"])
+def test_reserved_tensors_are_filled(tmp_path, gpu, shards, dtype):
+    tensors, told, placed = make(QWEN3, dtype), [], []
+    save(tmp_path, tensors, shards)
+
+    def place(array):
+        placed.append(array.shape)
+        return array
+
+    result = read(tmp_path, QWEN3, place, reserve=reserve, progress=lambda *figures: told.append(figures))
+    assert_same(result, tensors)
+    assert {len(shape) for shape in placed} == {1} and gpu.made == 3
+    total = sum(array.nbytes for array in tensors.values())
+    assert told == sorted(told) and told[0] == (0, total) and told[-1] == (total, total)
+
+
+@pytest.mark.parametrize("fail_at", [0, 100])
+def test_what_a_thread_raises_is_raised(tmp_path, gpu, fail_at):
+    save(tmp_path, make(QWEN3))
+    gpu.fail_at = fail_at
+    with pytest.raises(RuntimeError, match="fallen off"):
+        read(tmp_path, QWEN3, identity, reserve=reserve)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("after", [0, 2000])
+def test_no_thread_goes_on_when_somebody_stops_it(tmp_path, gpu, error, after):
+    save(tmp_path, make(QWEN3))
+    gpu.seconds, told = 0.005, []
+
+    def progress(done, total):
+        told.append(total)
+        if done > after:
+            raise error
+
+    with pytest.raises(error):
+        read(tmp_path, QWEN3, identity, reserve=reserve, progress=progress)
+    assert gpu.sent < told[0] / 2
+
+
+@pytest.mark.parametrize("reserve", [reserve, lambda shape, dtype: None], ids=["sent", "placed"])
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path, gpu, reserve):
+    save(tmp_path, make(QWEN3))
+    path = tmp_path / "model.safetensors"
+
+    def cut(done, total):
+        os.truncate(path, path.stat().st_size // 2)
+
+    with pytest.raises(
+        CheckpointError, match=f"{re.escape(str(path))}: wanted [0-9]+ bytes or more, got [0-9]+: it has"
+    ):
+        read(tmp_path, QWEN3, identity, reserve=reserve, progress=cut)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("locked", [True, False])
+def test_sent_bytes_arrive(tmp_path, monkeypatch, locked):
+    """Several pieces a tensor, sizes that are no multiples of anything; with page-locked memory and without."""
+    monkeypatch.setattr(weights, "_PIECE", 30001)
+    if not locked:
+        monkeypatch.setattr(launch, "_page_locked", bytearray)
+    config = dataclasses.replace(QWEN3, hidden_size=1000, intermediate_size=999, vocab_size=3001)
+    tensors = make(config)
+    save(tmp_path, tensors, shards=2)
+    device = Device.cuda()
+    result = read(tmp_path, config, device.place_weight, reserve=device.reserve_weight)
+    for name, array in flat(result).items():
+        assert (
+            array.get().tobytes() == (tensors[name] if array.ndim > 1 else tensors[name].astype(np.float32)).tobytes()
+        )
 
 
 # --- host memory -----------------------------------------------------------------------------------------------------

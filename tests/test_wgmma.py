@@ -26,7 +26,7 @@ from test_ops import (
     wide,
 )
 
-from cuqwen import cuda, launch, ops
+from cuqwen import launch, ops, tiles
 
 
 def needs_wgmma(side):  # noqa: F811
@@ -43,18 +43,18 @@ def tile(request, side, monkeypatch):  # noqa: F811
     needs_wgmma(side)
     if side is Emulated:
         monkeypatch.setattr(launch, "wgmma_processors", lambda: 2)
-    monkeypatch.setattr(cuda, "_choose", lambda tiles, rows, columns: request.param)
+    monkeypatch.setattr(tiles, "choose", lambda *_: request.param)
     return request.param
 
 
 def test_the_tile_that_is_chosen():
     def choice(rows, columns, C, head=0):
-        return cuda._choose(cuda._tiles(np.zeros((1, C), BF16), head, wgmma=True), rows, columns)
+        return tiles.choose(np.dtype(BF16), C, head, True, rows, columns)
 
     assert [choice(rows, 4096, 1024, 128) for rows in (5, 512, 2048)] == ["mma_few", "wgmma_middle", "wgmma_turns"]
     assert [choice(rows, 1024, 3072) for rows in (32, 512, 2048)] == ["mma_few", "wgmma_few", "wgmma_middle"]
     assert [choice(rows, 4096, 4096) for rows in (2048, 4096)] == ["wgmma_wide", "wgmma_wide"]
-    assert "wgmma_few" not in cuda._tiles(np.zeros((1, 8), BF16), 128, wgmma=True)
+    assert "wgmma_few" not in tiles.shapes(np.dtype(BF16), 8, 128, wgmma=True)
 
 
 @pytest.fixture
@@ -137,14 +137,38 @@ def test_a_row_is_the_same_in_every_tile(side, rng, monkeypatch, D):  # noqa: F8
     ):
         rows = side.put(x[few])
         with_heads = shape if shape != "wgmma_few" else "wgmma_middle"
-        monkeypatch.setattr(cuda, "_choose", lambda *_, shape=with_heads: shape)
+        monkeypatch.setattr(tiles, "choose", lambda *_, shape=with_heads: shape)
         part = run_qkv_rope(side, {**inputs, "x": x[few], "positions": inputs["positions"][few]})
-        monkeypatch.setattr(cuda, "_choose", lambda *_, shape=shape: shape)
+        monkeypatch.setattr(tiles, "choose", lambda *_, shape=shape: shape)
         part += ops.matmul(rows, side.put(gate)), ops.swiglu(rows, side.put(gate), side.put(up))
         results = [side.get(array) for array in part]
         whole = whole or results
         for got, expected in zip(results, whole, strict=True):
             assert np.array_equal(got, expected[few])
+
+
+def test_recorded_products_wait_for_what_they_read(side, rng, tile):  # noqa: F811
+    """In a chain of launches that may overlap: what an earlier one writes is NaN until then."""
+    x, gain, weight = (
+        side.put(random(rng, (130, 144))),
+        side.put(np.ones(144, F32)),
+        side.put(random(rng, (144, 144), BF16)),
+    )
+    h, gated, out = *(side.put(poisoned((130, 144), BF16)) for _ in range(2)), side.put(poisoned((130, 144)))
+
+    def chain():
+        ops.rmsnorm(x, gain, out=h)
+        ops.matmul(h, weight, residual=x, out=x)
+        ops.rmsnorm(x, gain, out=h)
+        ops.swiglu(h, weight, weight, out=gated)
+        return ops.matmul(gated, weight, out=out)
+
+    before = side.get(x).copy()
+    expected = side.get(chain()).copy()
+    replay, _ = launch.record(chain)
+    x[...], out[...] = side.put(before), np.float32(np.nan)
+    replay()
+    assert np.array_equal(side.get(out), expected)
 
 
 @pytest.mark.gpu

@@ -30,7 +30,7 @@ PYTHON = (  # heading, module, names; a class with its public methods
     ("Loading and generating", "api", ("load", "Model")),
     ("One generated token", "generate", ("Step",)),
     ("What a model needs", "memory", ("MemoryPlan",)),
-    ("Errors", "config", ("CheckpointError",)),
+    ("Errors", "strict_json", ("CheckpointError",)),
     ("", "launch", ("DeviceError",)),
     ("Rotary embedding", "rope", ("rope_table",)),
 )
@@ -188,14 +188,15 @@ def refused_part() -> str:
 
 
 def dtypes_part() -> str:
-    served = ", ".join(f"`{name}`" for name in weights._DTYPES)
+    served = ", ".join(f"`{name}`" for name in weights.DTYPES)
     stored = ", ".join(f"`{name}`" for name in STORAGE.values())
     return f"Types in the file: {served} (safetensors' names); in the kernels: {stored}."
 
 
 def config_part(root: Path) -> str:
-    source = (root / "cuqwen" / "config.py").read_text(encoding="utf-8")
-    shown = [re.sub(r"\n\n    @property.*", "", stub(source, name), flags=re.S) for name in ("Config", "Yarn")]
+    sources = {"Config": "config.py", "Yarn": "yarn.py"}
+    stubs = [stub((root / "cuqwen" / file).read_text(encoding="utf-8"), name) for name, file in sources.items()]
+    shown = [re.sub(r"\n\n    @property.*", "", text, flags=re.S) for text in stubs]
     return "```python\n" + "\n\n\n".join(shown) + "\n```"
 
 

@@ -81,6 +81,8 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--repetitions: wanted at least 1, got {given.repetitions}")
     if not any(given.n_prompt) and not any(given.n_gen):
         parser.error("--n-prompt and --n-gen: wanted at least one size above 0")
+    if given.random and (given.revision or given.check_weights):
+        parser.error("--random: --revision and --check-weights are for a checkpoint")
     terminal.use_utf8()
     name, network, n_ids, context, folder = _network(given)
     from cuqwen import bench
@@ -111,16 +113,18 @@ def _network(given: argparse.Namespace) -> tuple[str, Qwen3, int, int, Path | No
     if given.random is None:
         model = loading.load(given)
         return given.model, model.network, model.tokenizer.n_ids, model.max_context, model.folder
-    import ml_dtypes
-    import numpy as np
+    with loading.hold_interrupts():
+        import ml_dtypes
+        import numpy as np
 
-    from cuqwen import launch, sizes
-    from cuqwen.model import Device
+        from cuqwen import launch, sizes
+        from cuqwen.model import Device
 
-    if given.device == "cuda":
-        launch.cupy()  # raises DeviceError with the remedy
-    on_gpu = given.device != "cpu" and launch.has_gpu()
-    place, kv_dtype = (Device.cuda(), ml_dtypes.bfloat16) if on_gpu else (Device.cpu(), np.float32)
+        if given.device == "cuda":
+            launch.cupy()  # raises DeviceError with the remedy
+        on_gpu = given.device != "cpu" and launch.has_gpu()
+    place = Device.cuda() if on_gpu else Device.cpu()
+    kv_dtype = ml_dtypes.bfloat16 if on_gpu and not given.exact else np.float32
     config = sizes.config_of(given.random)
     network = sizes.random_network(config, place, kv_dtype, exact=given.exact)
     return f"random {given.random}", network, sizes.TOKENS, given.max_context or config.context_length, None
@@ -184,7 +188,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _cell(row: dict[str, Any], column: str) -> str:
     if column == "tokens_per_second":
-        return f"{row[column]:,.1f} ± {row['deviation']:,.1f}"
+        deviation = f" ± {row['deviation']:,.1f}" if row["repetitions"] > 1 else ""
+        return f"{row[column]:,.1f}{deviation}"
     return f"{row[column]:,.1f}" if column in ("gb_per_second", "percent_of_read") else str(row[column])
 
 

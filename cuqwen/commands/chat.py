@@ -27,8 +27,10 @@ HELP = """\
 /load FILE       go on with the conversation in a file
 /stats           how long the conversation is, and how fast the last answer was
 /exit            end (also Ctrl-D)
-A line that ends with \\ goes on with the next one; \"\"\" begins a text of several lines and ends it; what is pasted stays
-together. Ctrl-C stops an answer; at the prompt it ends the program. A space before / sends the line as it is."""
+A line that ends with \\ goes on with the next one; \"\"\" begins a text of
+several lines and ends it; what is pasted stays together. A space before /
+sends the line as it is. Ctrl-C stops an answer; twice at the prompt it ends
+the program."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,8 +93,19 @@ class Chat:
         if self.interactive and not self.given.quiet:
             kind = "" if self.model.tokenizer.has_chat_template else " has no chat template: it goes on with your text"
             terminal.note(f"{self.given.model}{kind or ' on ' + self.model.device}. /help for help, /exit to end.")
-        reader = Reader(self.interactive)
-        while (message := reader.message()) is not None:
+        reader, ends = Reader(self.interactive), False
+        while True:
+            try:
+                message = reader.message()
+            except KeyboardInterrupt:  # perhaps meant for an answer that was just done
+                if ends or not self.interactive:
+                    raise
+                terminal.note("\n(Ctrl-C again ends, and so does /exit)")
+                ends = True
+                continue
+            if message is None:
+                return
+            ends = False
             name, _, rest = message[1:].partition(" ") if message.startswith("/") else ("", "", "")
             if name in ("exit", "quit"):
                 return
@@ -113,23 +126,27 @@ class Chat:
 
     def _answer(self, message: str) -> None:
         """Answer a message. Ctrl-C stops the answer; what there is of it stays part of the conversation."""
+        from cuqwen.thinking import opens_thinking
+
         answer: figures.Answer | None = None
         shown: Shown | None = None
         try:
             ids, read, room = self._prompt(message)
             answer = figures.Answer(self.model, read, len(ids))
-            opened = answers.opens_thinking(self.model, ids)
+            opened = opens_thinking(self.model.tokenizer, ids)
             shown = Shown(self.shows_thinking, opened)
             settings = self.settings | {"max_tokens": min(self.given.max_tokens, room)}
             show = terminal.for_a_person(self.given.quiet)
             with terminal.bar("prompt", "tok", show=show, least=answers.PROGRESS_FROM_TOKENS) as progress:
-                steps = answers.stream(
-                    self.model, ids, thinking_budget=self.given.thinking_budget, progress=progress, **settings
+                steps: Any = self.model.stream(
+                    ids, thinking_budget=self.given.thinking_budget, progress=progress, **settings
                 )
                 with contextlib.closing(steps):
                     for step in answer.watch(steps):
                         shown.push(step.text)
-            ending = f"cut at {len(answer.steps):,} tokens" if answer.steps[-1].finish_reason == "length" else ""
+            ending = ""
+            if answer.steps[-1].finish_reason == "length":
+                ending = f"cut at {len(answer.steps):,} tokens" + ", still thinking" * shown.is_thinking
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -161,6 +178,8 @@ class Chat:
     def _reset(self, rest: str) -> None:
         self.conversation.reset()
         self.last = None
+        if self.interactive:
+            terminal.note("(a new conversation)")
 
     def _system(self, rest: str) -> None:
         if rest and not self.model.tokenizer.has_chat_template:
@@ -213,7 +232,8 @@ class Chat:
     def _stats(self, rest: str) -> None:
         used, context = len(self.conversation.ids), self.model.max_context
         turns = sum(message["role"] == "user" for message in self.conversation.messages)
-        terminal.note(f"{turns} turn{'s' * (turns != 1)}, {used:,} of {context:,} tokens")
+        length = f"{used:,} of {context:,} tokens" if used or not turns else "read with the next one"
+        terminal.note(f"{turns} turn{'s' * (turns != 1)}, {length}")
         if self.last is not None:
             terminal.note(f"last answer: {self.last.line()}")
 
@@ -306,6 +326,10 @@ class Shown:
         self.waits = False  # a word on standard error stands for hidden thinking
         self.push("")
 
+    @property
+    def is_thinking(self) -> bool:
+        return self.state in ("opens", "thinks")
+
     def push(self, text: str) -> None:
         self.pending += text
         if self.state == "begins":
@@ -335,7 +359,7 @@ class Shown:
 
     def finish(self) -> None:
         """Print what was held back, and end the line."""
-        if self.state in ("opens", "thinks"):
+        if self.is_thinking:
             self._print_thought(self.pending)
             self._end_thinking()
         else:

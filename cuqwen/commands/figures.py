@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Answer:
-    """An answer as it came: its steps, and the times at which each was there. prompt_tokens: those that were read for it."""
+    """An answer as it came: its steps, and the times at which each was there. prompt_tokens: those that were read for it,
+    0 if all were in the cache."""
 
     model: Model
     prompt_tokens: int
@@ -59,7 +60,8 @@ class Answer:
         if not self.steps:
             return f"prompt {self.prompt_tokens:,} tok | no answer"
         timings = self.timings
-        parts = [f"prompt {self.prompt_tokens:,} tok · {1e3 * timings['first_token_seconds']:,.0f} ms"]
+        read = f"{self.prompt_tokens:,} tok" if self.prompt_tokens else "cached"
+        parts = [f"prompt {read} · {1e3 * timings['first_token_seconds']:,.0f} ms"]
         if timings["tokens_per_second"]:
             rate = f"{timings['tokens_per_second']:,.0f} tok/s"
             parts += [f"{len(self.steps):,} tok · {rate} · {in_units(self.bandwidth)}/s{self._share()}"]
@@ -75,9 +77,10 @@ class Answer:
     def table(self, load_seconds: float) -> str:
         timings, model = self.timings, self.model
         first = timings["first_token_seconds"]
+        read = f"{self.prompt_tokens:,} tokens" if self.prompt_tokens else "cached"
         rows = {
             "load": f"{load_seconds:.2f} s",
-            "prompt": f"{self.prompt_tokens:,} tokens, {1e3 * first:,.1f} ms to the first token of the answer",
+            "prompt": f"{read}, {1e3 * first:,.1f} ms to the first token of the answer",
             "answer": f"{len(self.steps):,} tokens",
         }
         if len(self.times) > 2:

@@ -53,13 +53,14 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     model = loading.load(given)
     load_seconds = perf_counter() - started
     ids = answers.encode(prompt, model, given)
+    _check_sizes(len(ids), model, given)
     collected = []
     for number in range(given.n):
         if "seed" in settings:
             settings["seed"] = (given.seed + number) % 2**64
         if number and not given.json:
             terminal.write("---\n")
-        collected.append(_answer(model, ids, settings, given))
+        collected.append(_answer(model, ids, settings, given, is_first=number == 0))
         if not given.json:
             _tell(collected[-1], load_seconds, given)
     if given.json:
@@ -90,6 +91,21 @@ def _check(given: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[s
         "thinking_budget": given.thinking_budget,
         "logprobs": given.logprobs or 0,
     }
+
+
+def _check_sizes(prompt: int, model: Model, given: argparse.Namespace) -> None:
+    """What only the model knows, in the flags' words."""
+    room = model.max_context - prompt
+    if given.max_tokens > room:
+        remedy = f"use --max-tokens up to {room}" if room > 0 else "shorten the prompt"
+        raise ValueError(
+            f"prompt of {prompt} tok and --max-tokens {given.max_tokens}: wanted at most {model.max_context} together, the "
+            f"context, got {prompt + given.max_tokens}; {remedy}"
+        )
+    if (given.logprobs or 0) > model.tokenizer.n_ids:
+        raise ValueError(
+            f"--logprobs: wanted 1..{model.tokenizer.n_ids}, the tokens that there are, got {given.logprobs}"
+        )
 
 
 def _read_prompt(given: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
@@ -129,14 +145,16 @@ def _without_newline(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _answer(model: Model, ids: list[int], settings: dict[str, Any], given: argparse.Namespace) -> figures.Answer:
-    """One answer, printed as it comes unless --json is given."""
+def _answer(
+    model: Model, ids: list[int], settings: dict[str, Any], given: argparse.Namespace, *, is_first: bool
+) -> figures.Answer:
+    """One answer, printed as it comes unless --json is given. Those after the first find the prompt in the cache."""
     terminal.use_utf8()
-    answer = figures.Answer(model, len(ids), len(ids))
+    answer = figures.Answer(model, len(ids) if is_first else 0, len(ids))
     ends_line = True
     show = terminal.for_a_person(given.quiet)
     with terminal.bar("prompt", "tok", show=show, least=answers.PROGRESS_FROM_TOKENS) as progress:
-        for step in answer.watch(answers.stream(model, ids, progress=progress, **settings)):
+        for step in answer.watch(model.stream(ids, progress=progress, **settings)):
             if step.text and not given.json:
                 terminal.write(step.text)
                 ends_line = step.text.endswith("\n")
@@ -156,7 +174,7 @@ def _report(answer: figures.Answer, load_seconds: float, given: argparse.Namespa
         "text": answer.text,
         "tokens": answer.tokens,
         "finish_reason": answer.steps[-1].finish_reason,
-        "prompt_tokens": answer.prompt_tokens,
+        "prompt_tokens": answer.context,
         "model": given.model,
         "device": answer.model.device,
         "timings": {key: round(value, 6) for key, value in timings.items()},

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from cuqwen.commands import terminal
+from cuqwen.commands import loading, terminal
 from cuqwen.commands.figures import in_units
 
 if TYPE_CHECKING:
@@ -130,8 +130,9 @@ def _speed(facts: dict[str, Any], *, required: bool) -> dict[str, Any] | None:
     from cuqwen import launch
     from cuqwen.bandwidth import read_bandwidth
 
-    if not required and not launch.has_gpu():
-        return None
+    with loading.hold_interrupts():
+        if not required and not launch.has_gpu():
+            return None
     device = launch.cupy().cuda.runtime.getDeviceProperties(launch.cupy().cuda.Device().id)
     bandwidth = read_bandwidth("cuda")
     free = launch.free_bytes()

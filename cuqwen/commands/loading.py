@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,13 +20,18 @@ PROGRESS_FROM_BYTES = 200_000_000
 
 def load(options: argparse.Namespace) -> Model:
     """What `--model` and its companions ask for."""
-    with _hold_interrupts():
-        from cuqwen import api, launch
+    from cuqwen import driver
 
-        if options.device != "cpu":
-            launch.has_gpu()  # imports CuPy
+    if options.device != "cpu":
+        driver.wake()
+    with hold_interrupts():
+        from cuqwen import api
     show = terminal.for_a_person(options.quiet)
-    with terminal.bar("load", "B", show=show, least=PROGRESS_FROM_BYTES) as progress:
+    with (
+        _in_flags(),
+        terminal.bar("load", "B", show=show, least=PROGRESS_FROM_BYTES) as progress,
+        terminal.bar("compile, once on this machine", "kernel", show=show) as compile_progress,
+    ):
         model = api.load(
             options.model,
             device=options.device,
@@ -35,6 +41,7 @@ def load(options: argparse.Namespace) -> Model:
             check_weights=options.check_weights,
             progress=progress,
             show_download=show,
+            compile_progress=compile_progress,
         )
     if not options.quiet and (reason := model.fallback):
         print(f"cuqwen: each token takes many small kernels instead of one launch: {reason}", file=sys.stderr)
@@ -42,7 +49,17 @@ def load(options: argparse.Namespace) -> Model:
 
 
 @contextlib.contextmanager
-def _hold_interrupts() -> Iterator[None]:
+def _in_flags() -> Iterator[None]:
+    """What `load` says of its arguments, in the command's words."""
+    try:
+        yield
+    except (ValueError, MemoryError) as error:
+        text = re.sub(r"max_context=(\d+) \(--max-context \1\)", r"--max-context \1", str(error).removeprefix("load: "))
+        raise type(error)(re.sub("^max_context:", "--max-context:", text)) from None
+
+
+@contextlib.contextmanager
+def hold_interrupts() -> Iterator[None]:
     """Let an interrupt wait until the end of the block. In the middle of importing a C extension it would come out as an
     ImportError, after the extension has printed a traceback of its own."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as under nohup

@@ -20,7 +20,11 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
     add("--max-context", type=int, metavar="N", help="most tokens of prompt and answer together")
-    add("--exact", action="store_true", help="on a GPU, keep float32 between the operations of long prompts as well")
+    add(
+        "--exact",
+        action="store_true",
+        help="on a GPU, keep float32 between the operations of long prompts and in the cache",
+    )
     add("--check-weights", action="store_true", help="look for NaN and infinity in the weights first")
 
 

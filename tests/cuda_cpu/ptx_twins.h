@@ -66,6 +66,7 @@ inline void bulk_copy_once(void* shared, const void* global, unsigned bytes, mba
     emu::bulk_copy_issued("bulk_copy_once", site, b);
 }
 inline void fence_proxy_async() {}
+inline void fence_proxy_async_all() {}
 
 // ---- tiles by the copy engine, clusters of blocks: each block is a cluster of its own ----
 
@@ -192,6 +193,15 @@ inline void add_release(unsigned* p, unsigned x, emu::Site site = {}) {
 inline unsigned load_acquire(const unsigned* p, emu::Site site = {}) {
     emu::check_aligned("load_acquire", site, p);
     return emu::look("load_acquire", site, p);
+}
+inline void store_host(int* p, int x, emu::Site site = {}) {
+    emu::check_aligned("store_host", site, p);
+    __atomic_store_n(p, x, __ATOMIC_RELAXED);
+    emu::progress();
+}
+inline int load_host(const int* p, emu::Site site = {}) {
+    emu::check_aligned("load_host", site, p);
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
 inline u64 global_timer() { return emu::clock_ns(); }

@@ -1,13 +1,18 @@
-"""Attention of a token, of a prompt by mma, and by wgmma."""
+"""Attention of a token, on tensor cores too, and of a prompt by mma and by wgmma."""
 
 from faults.table import ATTENTION_TEST, SCORES, bf16, fault
 
 # fmt: off
-ATTENTION, SOFTMAX = "kernels/attention.cu", "kernels/softmax.cuh"
+ATTENTION, GROUP, SHARES = (f"kernels/attention{file}" for file in (".cu", "_group.cu", "_shares.cuh"))
+SOFTMAX = "kernels/softmax.cuh"
 ATTENTION_MMA, ATTENTION_WGMMA = "kernels/attention_mma.cu", "kernels/attention_wgmma.cu"
-ONE_KEY, TWO_TILES, LONG = (
-    f"ops::attention_of_a_short_sequence_in_a_long_cache[emulated-{last}]" for last in (0, 255, 2499)
+ONE_KEY, TWO_TILES, LONG, GROUP_ONE_KEY, _, GROUP_LONG = (
+    f"ops::attention_of_a_short_sequence_in_a_long_cache[emulated-{heads}-{last}]"
+    for heads in (2, 3)
+    for last in (0, 255, 2499)
 )
+GROUP_SCORES = "ops::attention_extreme_scores[emulated-3-300.0]"
+TURNS = "ops::attention_with_more_keys_than_warps_take_at_once"
 
 
 def prompts(shape: str, side: str = "emulated", q: str = "bfloat16") -> str:
@@ -50,8 +55,32 @@ fault(
     "attention-share-without-keys", ATTENTION, "min((int)gridDim.z, last / TILE + 1)", "(int)gridDim.z",
     "ops::attention_of_a_short_sequence_in_a_long_cache",
 )
-fault("attention-shares-not-rescaled", ATTENTION, "factors[z][h] = expf(s.x - top);", "factors[z][h] = 1.0f;", LONG)
-fault("attention-last-share", ATTENTION, "if (z0 + i < Z) sum = fmaf", "if (z0 + i < Z - 1) sum = fmaf", LONG)
+fault("attention-shares-not-rescaled", SHARES, "its[i].x = exp2f(its[i].x - top)", "its[i].x = 1.0f", LONG, GROUP_LONG)
+fault("attention-last-share", SHARES, "if (z0 + i < Z) {", "if (z0 + i < Z - 1) {", LONG, GROUP_LONG)
+fault("attention-shares-before-the-last", SHARES, "    if (!is_last) return;\n", "", LONG, GROUP_LONG)
+fault("group-sees-the-future", GROUP, "+ e % 2 > last)", "+ e % 2 > last + 1)", ATTENTION_TEST)
+fault("group-misses-itself", GROUP, "+ e % 2 > last)", "+ e % 2 >= max(last, 1))", ATTENTION_TEST)
+fault("group-reads-unwritten-rows", GROUP, "values + min(key, last) * row", "values + key * row", GROUP_ONE_KEY)
+fault("group-without-maximum", GROUP, "top = fmaxf(top, largest);", "top = 0.0f;", GROUP_SCORES)
+fault("group-acc-not-rescaled", GROUP, "acc[n][e / 2][e % 2] *= shrink;", ";", TURNS)
+fault("group-weight-not-rescaled", GROUP, "            total *= shrink;\n", "", TURNS)
+fault("group-shares-overlap", GROUP, "step = WARPS * Z * KEYS;", "step = WARPS * KEYS;", GROUP_LONG)
+fault(
+    "group-share-without-keys", GROUP, "min((int)gridDim.z, (tiles + 3) / 4)", "(int)gridDim.z",
+    "ops::attention_of_a_short_sequence_in_a_long_cache",
+)
+fault("group-part-of-a-query-lost", GROUP, "last[3] = high[0];", "last[3] = 0u;", TURNS)
+fault(
+    "group-second-chunk-of-heads", GROUP, "+ kv * size + in_group;", "+ kv * size;",
+    "ops::attention[emulated-2-20-1-64-300-bfloat16]",
+)
+fault("group-barrier-after-queries", GROUP, "    __syncthreads();\n    float acc", "    float acc", ATTENTION_TEST)
+fault("group-barrier-before-sums", GROUP, "    __syncthreads();\n    for (int e", "    for (int e", ATTENTION_TEST)
+fault(
+    "group-tile-not-there", GROUP, "cp_async_wait<1>();\n        float score",
+    "cp_async_wait<2>();\n        float score",
+    ATTENTION_TEST,
+)
 fault(
     "attention-bf16-weights", ATTENTION, "fmaf(p[u][h], value[i], acc[h][i])",
     f"fmaf({bf16('p[u][h]')}, value[i], acc[h][i])", ATTENTION_TEST,

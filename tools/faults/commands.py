@@ -4,6 +4,7 @@ from faults.table import fault
 
 # fmt: off
 CONVERSATION, PERPLEXITY = "cuqwen/commands/conversation.py", "cuqwen/commands/perplexity.py"
+CHECKS = "cuqwen/commands/checks.py"
 
 fault(
     "chat-end-token-twice", CONVERSATION, "before = self.ids[:-1] if self.ids[-1] in self.end_ids else self.ids",
@@ -14,8 +15,8 @@ fault(
     "chat::three_turns_are_what_they_are_from_scratch",
 )
 fault(
-    "chat-thinks-one-token-longer", "cuqwen/commands/answers.py", "if len(taken) == thinking_budget and rest",
-    "if len(taken) > thinking_budget and rest", "chat::thinking_budget",
+    "chat-thinks-one-token-longer", "cuqwen/thinking.py", "if len(taken) == budget and rest",
+    "if len(taken) > budget and rest", "chat::thinking_budget",
 )
 fault(
     "chat-prints-half-a-tag", "cuqwen/commands/chat.py", 'held = 0 if closed else _overlap(self.pending, "</think>")',
@@ -31,8 +32,24 @@ fault(
     "weights - (0 if not config.tie_word_embeddings else", "info::what_it_says_is_what_is_loaded",
 )
 fault(
-    "doctor-too-tolerant", "cuqwen/commands/doctor.py", "TOLERANCE = 1e-4", "TOLERANCE = 1e-3",
+    "doctor-too-tolerant", CHECKS, "0.16 * self.terms**1.5", "16 * self.terms**1.5",
     "doctor::every_operation_is_compared_with_the_reference",
+)
+fault(
+    "doctor-small-sizes-only", CHECKS, ", *_prompts(layer, bf16=False), *_prompts(layer, bf16=True)]", "]",
+    "doctor::every_operation_is_compared_with_the_reference",
+)
+fault(
+    "doctor-one-way-twice", CHECKS, "bench.portable_steps(portable),", "bench.portable_steps(False),",
+    "doctor::a_model_is_compared_with_float64",
+)
+fault(
+    "bench-one-run-deviates", "cuqwen/commands/bench.py", 'if row["repetitions"] > 1 else', 'if row["repetitions"] else',
+    "bench::one_repetition_has_no_deviation",
+)
+fault(
+    "several-answers-read-the-prompt-again", "cuqwen/commands/generate.py", "len(ids) if is_first else 0", "len(ids)",
+    "cli::several_answers_read_the_prompt_once",
 )
 fault(
     "speed-counts-the-first-token", "cuqwen/commands/figures.py", "rate = (len(self.times) - 1) / (last - first)",
@@ -41,4 +58,20 @@ fault(
 fault(
     "several-answers-of-one-seed", "cuqwen/commands/generate.py", 'settings["seed"] = (given.seed + number) % 2**64',
     'settings["seed"] = given.seed % 2**64', "cli::several_answers",
+)
+fault(
+    "chat-one-interrupt-ends", "cuqwen/commands/chat.py", "if ends or not self.interactive:", "if True:",
+    "chat::interrupt_at_the_prompt_asks_for_another_one",
+)
+fault(
+    "budget-draws-the-same-again", "cuqwen/api.py", "(sampling.seed + 2**63) % 2**64", "sampling.seed",
+    "chat::nothing_is_lost_where_thinking_is_cut_and_no_number_is_drawn_twice",
+)
+fault(
+    "memory-error-without-the-result", "cuqwen/api.py", "self._memory_errors(len(prompt), logits=len(prompt))",
+    "self._memory_errors(len(prompt))", "reuse::memory_errors_say_what_was_wanted[cpu]",
+)
+fault(
+    "prompt-room-not-checked", "cuqwen/commands/generate.py", "if given.max_tokens > room:", "if False:",
+    "cli::prompt_and_max_tokens_longer_than_the_context",
 )

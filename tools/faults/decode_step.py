@@ -3,9 +3,11 @@
 from faults.table import GIVES_UP, fault
 
 # fmt: off
-STEP, STEP_RING, STEP_VECTOR, STEP_ATTENTION = (
+STEP, STEP_RING, STEP_VECTOR, STEP_ATTENTION, STEP_CHOICE = (
     "kernels/decode_step.cu", "kernels/decode_ring.cuh", "kernels/decode_vector.cuh", "kernels/decode_attention.cuh",
+    "kernels/decode_choice.cuh",
 )
+DECODE = "cuqwen/decode.py"
 TWO_HEADS, BIASES, SEGMENTS, ROUNDED = (
     f"decode_step::decode_step[emulated-{case}]"
     for case in (
@@ -46,26 +48,26 @@ fault("step-halves-not-swapped", STEP_VECTOR, "g < 4 ? b[0] : b[1], g < 4 ? b[1]
 fault("step-ring-never-turns-over", STEP_RING, "slot = 0, parity ^= 1;", "slot = 0;", SEGMENTS)
 fault("step-waits-for-a-later-frame", STEP_RING, "parity ^ unsigned(wrapped)", "parity", TWO_HEADS)
 fault(
-    "step-last-of-equals", STEP, "32 | ~(unsigned)id;", "32 | (unsigned)id;",
+    "step-last-of-equals", STEP_CHOICE, "32 | ~(unsigned)id;", "32 | (unsigned)id;",
     "decode_step::decode_step_without_a_choice[emulated-None]",
     also=[("int(~(unsigned)best)", "int((unsigned)best)")],
 )
 fault(
-    "step-ids-beyond-the-tokenizer", STEP, "if (r < n_ids)", "if (r < V)",
+    "step-ids-beyond-the-tokenizer", STEP, "t < rows && r < n_ids) best", "t < rows) best",
     "decode_step::decode_step_without_a_choice[emulated-None]",
 )
 fault(
-    "step-nan-chosen-as-a-token", STEP, "key >= RANK_OF_INFINITY || ", "",
+    "step-nan-chosen-as-a-token", STEP_CHOICE, "key >= RANK_OF_INFINITY || ", "",
     "decode_step::decode_step_without_a_choice[emulated-nan]",
 )
-fault("step-loss-not-told", STEP, "    if (lost) ids[1] = 1;\n", "", GIVES_UP)
-fault("step-loss-forgotten", STEP, "lost ? 0 : turn + 1;", "turn + 1;", GIVES_UP)
+fault("step-loss-not-told", STEP, "chosen.lost ? LOST : over", "over", GIVES_UP)
+fault("step-loss-forgotten", STEP, "chosen.lost ? 0 : shared.turn + 1;", "shared.turn + 1;", GIVES_UP)
 fault(
-    "step-of-a-token-that-is-none", STEP, "shared.known = known;", "shared.known = 1;",
+    "step-of-a-token-that-is-none", STEP, "shared.known = known,", "shared.known = 1,",
     "decode_step::decode_step_of_what_does_not_exist",
 )
-fault("step-position-not-advanced", STEP, "*position = p + 1;", "*position = p;", TWO_HEADS)
-fault("step-epoch-not-counted", STEP, "lost ? 0 : turn + 1;", "lost ? 0 : turn;", TWO_HEADS)
+fault("step-position-not-advanced", STEP, "*position = next;", "*position = next - 1;", TWO_HEADS)
+fault("step-epoch-not-counted", STEP, "chosen.lost ? 0 : shared.turn + 1;", "chosen.lost ? 0 : shared.turn;", TWO_HEADS)
 fault("step-newest-key-dropped", STEP_ATTENTION, "if (newest && warp == WARPS - 1)", "if (false)", TWO_HEADS)
 fault("step-newest-key-not-rounded", STEP_ATTENTION, "            a = to_float(narrow);\n", "", ROUNDED)
 fault("step-head-gain-dropped", STEP_ATTENTION, ", x[e / 2][e % 2] *= g[e];", ";", TWO_HEADS)
@@ -90,7 +92,7 @@ fault("step-pieces-not-turned", STEP_ATTENTION, "at % IN_BOX / IN_PIECE ^ row % 
 fault("step-keys-of-another-head", STEP_RING, "(mine.kv() * BOXES + lane % BOXES)", "lane % BOXES", TWO_HEADS)
 fault("step-keys-of-another-layer", STEP_RING, "mine, keys, values, l * S);", "mine, keys, values, 0);", TWO_HEADS)
 fault(
-    "step-rows-dealt-to-nobody", STEP_RING, "b * units / gridDim.x * UNIT, last", "(b * units + 1) / gridDim.x * UNIT, last",
+    "step-rows-dealt-to-nobody", STEP_RING, "min(rows, int(b * units / blocks * unit)), last", "min(rows, int((b * units + 1) / blocks * unit)), last",
     SEGMENTS,
 )
 fault("step-acc-not-rescaled", STEP_ATTENTION, "    head.weight *= shrink;\n", "", SHARES)
@@ -102,3 +104,20 @@ fault(
     "step-shares-not-rescaled", STEP_ATTENTION, "float weight = state[0][1] * factor;", "float weight = state[0][1];",
     SHARES,
 )
+
+# Many steps in one launch
+MANY = "decode_many::many_steps_are_single_ones[emulated-two_heads_a_key_head-5-bfloat16]"
+ENDS = "decode_many::an_answer_ends_where_it_is_told_to[emulated]"
+HALT = "decode_many::halt_ends_a_launch[emulated]"
+fault("steps-one-rotation-for-all", STEP, "turn_by(token.position + 1);", "turn_by(token.position);", MANY)
+fault("steps-one-turn-for-all", STEP, "shared.turn++, ", "", MANY)
+fault("steps-cached-keys-do-not-grow", STEP, "(n ? p < S : known) ? p : 0", "known ? first_position : 0", MANY)
+fault("steps-end-ids-ignored", STEP, " || __any_sync(0xffffffffu, id == shared.ends[t % 32])", "", ENDS)
+fault("steps-go-on-after-the-end", STEP, "if (!fresh && ids[1] == ENDED) return;", "", HALT)
+fault("steps-halt-ignored", STEP_CHOICE, "(u64)tag << 32 | unsigned(halted != 0)", "(u64)tag << 32", HALT)
+fault("steps-copies-still-on-their-way", STEP, "frames <= SLOTS; frames++", "frames <= 1; frames++", HALT)
+fault("steps-token-of-another-place", STEP, "tokens + next, id", "tokens + next - 1, id", MANY)
+fault("answer-cache-behind-its-tokens", DECODE, "start + (int(made[0]) if len(made) else more)", "start", ENDS)
+fault("answer-not-halted", DECODE, "                step.halt[0] = 1\n", "", ENDS)
+fault("answer-halted-for-ever", DECODE, "            step.halt[0] = 0\n", "", ENDS)
+fault("answer-one-launch-only", DECODE, "while asked < more and asked < arrived + BATCH:", "while asked == 0 and asked < more:", ENDS)

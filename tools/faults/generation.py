@@ -13,21 +13,22 @@ fault(
     "api::two_stop_strings_completed_by_one_token",
 )
 fault("stop-rest-lost", GENERATE, "tail + stops.finish()", "tail", "api::held_back_text_is_released_at_the_end")
-fault("end-ids-ignored", GENERATE, "ended = token in end_ids", "ended = False", "api::end_ids_of_generation_config")
+fault("end-ids-ignored", GENERATE, "count == max_tokens, token in end_ids", "count == max_tokens, False", "api::end_ids_of_generation_config")
 fault(
-    "end-id-only-the-first", GENERATE, "ended = token in end_ids", "ended = token == end_ids[0]",
+    "end-id-only-the-first", GENERATE, "count == max_tokens, token in end_ids", "count == max_tokens, token == end_ids[0]",
     "api::end_ids_of_generation_config",
 )
 fault(
     "end-token-printed", GENERATE, '"" if ended else stream.push(token)', "stream.push(token)",
     "api::end_ids_of_generation_config",
 )
-fault("one-token-too-few", GENERATE, "last = count == max_tokens", "last = count >= max_tokens - 1", "api::max_tokens")
+fault("one-token-too-few", GENERATE, "count == max_tokens, token", "count >= max_tokens - 1, token", "api::max_tokens")
 fault(
     "unfinished-character-lost", GENERATE, "stops.push(stream.finish())", 'stops.push("")',
     "api::a_character_that_stays_incomplete_is_shown_at_the_end",
 )
 fault(
-    "token-of-the-step-ahead", GENERATE, "logits, read, read_this = decoder", "logits, read_this, read = decoder",
+    "token-of-the-step-ahead", "cuqwen/decode.py", "self.choice.check(read_this(), logits)\n            yield",
+    "self.choice.check(read(), logits)\n            yield",
     BOTH_SIDES,
 )

@@ -3,7 +3,8 @@
 from faults.table import QKV_TEST, SANITIZED, bf16, fault
 
 # fmt: off
-QKV, ORDER = "kernels/qkv_rope.cu", "ops::the_two_steps_equal_the_published_order"
+QKV, QKV_HEAD, QKV_MMA = "kernels/qkv_rope.cu", "kernels/qkv_rope_head.cuh", "kernels/qkv_rope_mma.cuh"
+ORDER = "ops::the_two_steps_equal_the_published_order"
 ROW_GAIN = "    if (head.gain) low *= gain[0], high *= gain[1];\n"
 ROW_ROTATE = "    if (head.rotated) rotate(low, high, c, s);\n"
 ROW_SQUARES = "    if (head.rotated && first_part) squares[pair + i][t] = mine ? fmaf(low, low, high * high) : 0.0f;\n"
@@ -23,7 +24,7 @@ fault(
     SANITIZED,
 )
 fault(
-    "kernel-rotation-sign", QKV, "low = fmaf(a, c, -(b * s));", "low = fmaf(a, c, b * s);", QKV_TEST,
+    "kernel-rotation-sign", QKV_HEAD, "low = fmaf(a, c, -(b * s));", "low = fmaf(a, c, b * s);", QKV_TEST,
     also=[("high = fmaf(b, c, a * s);", "high = fmaf(b, c, -(a * s));")],
 )
 fault(
@@ -41,8 +42,8 @@ fault(
 )
 fault("kernel-gain-after-rope", QKV, ROW_GAIN + ROW_ROTATE, ROW_ROTATE + ROW_GAIN, QKV_TEST, ORDER)
 fault("kernel-gain-after-rope-tile", QKV, TILE_GAIN + TILE_ROTATE, TILE_ROTATE + TILE_GAIN, QKV_TEST)
-fault("kernel-gain-after-rope-tensor-cores", QKV, MANY_GAIN + MANY_ROTATE, MANY_ROTATE + MANY_GAIN, MANY_HEADS)
-fault("kernel-k-gain-dropped", QKV, "k_bias, k_norm, k_rows", "k_bias, nullptr, k_rows", QKV_TEST)
+fault("kernel-gain-after-rope-tensor-cores", QKV_MMA, MANY_GAIN + MANY_ROTATE, MANY_ROTATE + MANY_GAIN, MANY_HEADS)
+fault("kernel-k-gain-dropped", QKV_HEAD, "k_bias, k_norm, k_rows", "k_bias, nullptr, k_rows", QKV_TEST)
 fault("kernel-mean-square-of-gained", QKV, ROW_SQUARES + ROW_GAIN, ROW_GAIN + ROW_SQUARES, QKV_TEST, ORDER)
 fault(
     "kernel-mean-square-barrier", QKV, "        __syncthreads();\n        for (int row", "        for (int row",
@@ -61,17 +62,17 @@ fault(
     "                find_angle(c, s, d, positions[t] + 1,", QKV_TEST,
 )
 fault(
-    "kernel-position-of-the-tile", QKV, "head.rotated ? positions[t] : 0", "head.rotated ? positions[t - row0] : 0",
+    "kernel-position-of-the-tile", QKV_MMA, "head.rotated ? positions[t] : 0", "head.rotated ? positions[t - row0] : 0",
     "ops::qkv_rope_of_many_rows[emulated-mma_few-65-2-1-128-72-False-True-bfloat16]",
 )
-fault("kernel-bias-of-k-for-v", QKV, "{v_proj, v_bias,", "{v_proj, k_bias,", QKV_TEST)
+fault("kernel-bias-of-k-for-v", QKV_HEAD, "{v_proj, v_bias,", "{v_proj, k_bias,", QKV_TEST)
 fault("kernel-k-rounded-before-norm", QKV, "store(k + at, (value));", f"store(k + at, {bf16('value')});", QKV_TEST)
 fault(
-    "kernel-row-beyond-the-cache-tensor-cores", QKV,
+    "kernel-row-beyond-the-cache-tensor-cores", QKV_MMA,
     "            if (head.rows && target[half] >= S) target[half] = -1;\n", "", "ops::rows_beyond_the_cache",
 )
 fault(
-    "kernel-half-a-head-twice", QKV, "rows.second = rows.first + (size_t)(D / 2) * C;", "rows.second = rows.first;",
+    "kernel-half-a-head-twice", QKV_MMA, "rows.second = rows.first + (size_t)(D / 2) * C;", "rows.second = rows.first;",
     MANY_HEADS,
 )
 fault("kernel-places-left-taken", QKV, "        places[node / 2] = 0;\n", "", "ops::counters_are_left_zero")

@@ -19,7 +19,7 @@ fault("plan-spends-all", MEMORY, "else (1 - SPARE) * free", "else (1 + SPARE) * 
 fault("plan-one-grain-too-many", MEMORY, "fitting = math.floor(", "fitting = math.ceil(", FITS)
 fault(
     "plan-refused-too-late", "cuqwen/api.py",
-    "    plan = memory.plan(folder, config, place, kv, max_context, exact=exact)\n    if check",
-    "    plan = memory.plan(folder, config, place, kv, None, exact=exact)\n    if check",
+    "plan = memory.plan(folder, config, place, kv, max_context, exact=exact)",
+    "plan = memory.plan(folder, config, place, kv, None, exact=exact)",
     "memory::load_follows_the_plan",
 )

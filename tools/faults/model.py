@@ -59,7 +59,7 @@ fault(
 fault("decoder-length-not-advanced", DECODE, "        self.cache.length += 1\n", "", RECORDED)
 fault("decoder-table-freed", DECODE, "self.model.cos", "None", RECORDED)
 fault(
-    "decoder-position-never-sent", DECODE, "        if self.one_launch:\n            self.next", "        self.next",
+    "decoder-position-never-sent", DECODE, "self.next_position = -1 if portable else self.cache.length", "self.next_position = self.cache.length",
     RECORDED,
 )
 fault(
@@ -67,7 +67,8 @@ fault(
     "if self.next_position < 0:", "decode_step::decoder_continues_what_it_has_not_written",
 )
 fault(
-    "decoder-choice-not-recorded", DECODE, "if self.choice is not None and not (", "if False and not (",
+    "decoder-choice-not-recorded", DECODE, "if self.choice is not None:\n            self.choice(logits, self.ids)\n        return logits\n\n\n",
+    "return logits\n\n\n",
     BOTH_SIDES,
 )
 fault(
@@ -82,7 +83,7 @@ fault(
     "nan-chosen-as-a-token", DECODE, "if not np.isfinite(float(row[int(ids[0])])):", "if False:",
     "sample::broken_weights_are_refused_on_the_device_too",
 )
-fault("loss-of-a-block-not-told", DECODE, "if lost:", "if False:", GIVES_UP)
+fault("loss-of-a-block-not-told", DECODE, "if status == LOST:", "if False:", GIVES_UP)
 fault(
     "cache-keys-are-values", CACHE, "self.keys, self.values = empty(shape, dtype), empty(shape, dtype)",
     "self.keys = self.values = empty(shape, dtype)", TRUTH,

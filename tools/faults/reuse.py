@@ -77,6 +77,6 @@ fault(
     "reuse::logprobs[cpu-False]",
 )
 fault(
-    "logprobs-of-the-next-step", GENERATE, 'model.device.name != "cpu" and not logprobs', 'model.device.name != "cpu"',
+    "logprobs-of-the-next-step", GENERATE, "ahead=not logprobs", "ahead=True",
     "reuse::logprobs[emulated-False]",
 )

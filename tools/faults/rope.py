@@ -4,6 +4,7 @@ from faults.table import TRUTH, fault
 
 # fmt: off
 ROPE, CONFIG, MODEL = "cuqwen/rope.py", "cuqwen/config.py", "cuqwen/model.py"
+YARN_FILE = "cuqwen/yarn.py"
 REFUSED, PUBLISHED = "config::what_is_not_computed_is_refused", "config::yarn_as_published"
 NEAR_AND_FAR, YARN = "ops::rope_table_is_rounded_once_near_and_far", "yarn::yarn_table"
 
@@ -39,7 +40,7 @@ fault(
     "pair(yarn.beta_slow), pair(yarn.beta_fast)", YARN,
 )
 fault(
-    "yarn-growth-of-the-paper", CONFIG, "return 0.1 * scale * math.log(factor) + 1.0",
+    "yarn-growth-of-the-paper", YARN_FILE, "return 0.1 * scale * math.log(factor) + 1.0",
     "return 0.1 * scale * math.log(factor)", PUBLISHED,
 )
 fault(
@@ -56,11 +57,11 @@ fault(
     'keys.boolean("use_sliding_window") and False and', REFUSED,
 )
 fault("sliding-window-in-the-last-layer", CONFIG, "if first < layers:", "if first < layers - 1:", REFUSED)
-fault("rope-scaling-ignored", CONFIG, 'in ("rope_parameters", "rope_scaling")', 'in ("rope_parameters",)', REFUSED)
+fault("rope-scaling-ignored", YARN_FILE, 'in ("rope_parameters", "rope_scaling")', 'in ("rope_parameters",)', REFUSED)
 fault("attention-bias-ignored", CONFIG, 'model_type == "qwen3" and keys', 'model_type == "qwen2" and keys', REFUSED)
 fault("quantised-accepted", CONFIG, '    "quantization_config": ((None, {}), _UNQUANTISED),\n', "", REFUSED)
 fault(
-    "rope-base-guessed", CONFIG, '        keys.required("rope_theta",',
+    "rope-base-guessed", YARN_FILE, '        keys.required("rope_theta",',
     '        return 1e4\n        keys.required("rope_theta",', "config::a_missing_key_is_named",
 )
 fault(

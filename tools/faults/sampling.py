@@ -3,7 +3,7 @@
 from faults.table import fault
 
 # fmt: off
-SAMPLE, SAMPLE_ALL = "kernels/sample.cu", "kernels/sample_all.cuh"
+SAMPLE, SAMPLE_ALL = "kernels/sample_draw.cuh", "kernels/sample_all.cuh"
 SAMPLE_LIST, SAMPLE_SCORES = "kernels/sample_list.cuh", "kernels/sample_scores.cuh"
 SAMPLING = "cuqwen/sampling.py"
 PENALTIES = "sample::sample_with_penalties[emulated-{'temperature': 1.0}-{'presence_penalty': 1.5}]"
@@ -30,7 +30,7 @@ fault("sample-first-use-not-counted", SAMPLE, "history[token] + 1 : 2", "history
 fault("sample-top-p-boundary", SAMPLE_LIST, "* 0x1p-52 > (1 - set.top_p)", "* 0x1p-52 >= (1 - set.top_p)", equals(40))
 fault("sample-top-p-boundary-of-many", SAMPLE_ALL, "s.running[r] <= allowance", "s.running[r] < allowance", equals(400))
 fault("sample-equals-from-above", SAMPLE_LIST, "s.ids[j] <= id", "s.ids[j] >= id", equals(40))
-fault("sample-same-number-again", SAMPLE, "*step = now + 1", "*step = now", equals(40))
+fault("sample-same-number-again", SAMPLE, "*in.step = random.now + 1", "*in.step = random.now", equals(40))
 fault(
     "sample-min-p-strict-in-long-lists", SAMPLE_ALL, "in && weight >= s.job.set.min_p", "in && weight > s.job.set.min_p",
     "sample::sample_of_equals",

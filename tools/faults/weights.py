@@ -14,7 +14,7 @@ fault(
     "sorted(tensor.shape) != sorted(allowed[name])", "weights::one_error_lists_all_that_differs",
 )
 fault(
-    "own-lm-head-ignored", WEIGHTS, 'embedding if config.tie_word_embeddings else placed["lm_head.weight"]',
+    "own-lm-head-ignored", WEIGHTS, 'embedding if config.tie_word_embeddings else tensors["lm_head.weight"]',
     "embedding", TRUTH_UNTIED,
 )
 fault(
@@ -28,4 +28,19 @@ fault(
 fault(
     "info-downloads-weights", HUB, 'allow_patterns=["config.json", INDEX_FILE]',
     'allow_patterns=["config.json", INDEX_FILE, "*.safetensors"]', "info::of_a_hub_id_no_weights_are_downloaded",
+)
+fault(
+    "sent-piece-at-its-tensor", WEIGHTS, "sender.send(array, first, len(memory))", "sender.send(array, 0, len(memory))",
+    "weights::reserved_tensors_are_filled",
+)
+fault(
+    "sent-buffers-not-awaited", WEIGHTS, "                opened.callback(sender.finish)", "                #", "weights::reserved_tensors_are_filled",
+)
+fault(
+    "reading-goes-on-after-an-error", WEIGHTS, "        stop.set()\n        for thread", "        for thread",
+    "weights::no_thread_goes_on_when_somebody_stops_it",
+)
+fault(
+    "short-file-read-as-it-is", WEIGHTS, "    if filled < len(memory):", "    if False:",
+    "weights::a_file_that_becomes_shorter_while_it_is_read",
 )

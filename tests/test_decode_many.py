@@ -1,0 +1,174 @@
+"""Many steps in one launch, their tokens chosen there: the same as one by one, emulated and on a GPU."""
+
+import contextlib
+
+import numpy as np
+import pytest
+from test_decode_step import BF16, F32, SPECS, Spec, host, load, put, start, write  # noqa: F401
+
+from cuqwen import decode, decode_step, launch
+from cuqwen.decode import Choice, Decoder
+from cuqwen.decode_step import ENDED, NO_CHOICE, NOT_YET, DecodeStep
+from cuqwen.sampling import Sampling
+
+SETTINGS = [
+    Sampling(),
+    Sampling(temperature=0.7, top_k=20, top_p=0.95, seed=1),
+    Sampling(temperature=1.0, seed=2),
+    Sampling(temperature=1.5, top_p=0.8, min_p=0.01, seed=3),
+    Sampling(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.4),
+    Sampling(temperature=0.9, top_k=30, repetition_penalty=1.2, seed=4),
+]
+
+
+def begin(step, token, position):
+    put(step.ids, [token]), put(step.position, [position])
+    step.tokens[...] = NOT_YET
+
+
+@pytest.mark.parametrize("kv", [F32, BF16])
+@pytest.mark.parametrize("name,blocks", [("two_heads_a_key_head", 5), ("untied_no_gain_biases", 8)])
+def test_many_steps_are_single_ones(start, tmp_path, name, blocks, kv):  # noqa: F811
+    """One launch of six steps and six of one: the same bits of logits, tokens and cache, and both can go on."""
+    network = load(write(tmp_path, SPECS[name]), start(blocks), kv)
+    caches = [network.new_cache(9) for _ in range(2)]
+    for cache in caches:
+        put(cache.keys, np.full(cache.keys.shape, np.nan)), put(cache.values, np.full(cache.values.shape, np.nan))
+    one, many = (DecodeStep(network, cache, 250) for cache in caches)
+    begin(one, 3, 0), begin(many, 3, 0)
+    ids = []
+    for _ in range(8):
+        one()
+        ids.append(int(host(one.ids)[0]))
+        assert one.tokens[len(ids)] == ids[-1]
+    many(5), many(3)
+    launch.wait()
+    assert many.tokens.tolist() == [NOT_YET, *ids, NOT_YET]
+    assert host(many.state).tolist() == [ids[-1], 0] and host(many.position)[0] == 8
+    assert np.array_equal(host(one.logits), host(many.logits))
+    for mine, theirs in zip((caches[0].keys, caches[0].values), (caches[1].keys, caches[1].values), strict=True):
+        assert host(mine).tobytes() == host(theirs).tobytes()
+
+
+@pytest.mark.parametrize("heads,blocks,cached", [(2, 8, 190), (1, 16, 380)])
+def test_many_steps_while_the_split_of_the_keys_changes(start, tmp_path, heads, blocks, cached):  # noqa: F811
+    """At 193 keys two blocks share a head's, at 385 four: also in the middle of a launch."""
+    spec = Spec("long", heads, 1, 64, 128, 192, 264, num_hidden_layers=2, k_gains="ordinary")
+    network = load(write(tmp_path, spec), start(blocks, one_order=True), BF16)
+    rng = np.random.default_rng(cached)
+    rows = [rng.standard_normal((2, cached, 1, 64)) for _ in range(2)]
+    steps = []
+    for _ in range(2):
+        cache = network.new_cache(cached + 10)
+        for array, known in zip((cache.keys, cache.values), rows, strict=True):
+            filled = np.full(array.shape, np.nan)
+            filled[:, :cached] = known
+            put(array, filled)
+        steps.append(DecodeStep(network, cache, 264))
+        begin(steps[-1], 7, cached)
+    for _ in range(8):
+        steps[0]()
+    steps[1](8)
+    launch.wait()
+    assert np.array_equal(steps[0].tokens, steps[1].tokens)
+    assert np.array_equal(host(steps[0].logits), host(steps[1].logits)) and np.isfinite(host(steps[0].logits)).all()
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_a_launch_chooses_as_the_sampler_does(start, tmp_path, sampling, monkeypatch):  # noqa: F811
+    """Tokens of one launch against those of single steps with `sample` after each; twice, as a second answer begins anew."""
+    spec = Spec("sampled", 2, 1, 64, 128, 192, 520, num_hidden_layers=1)
+    network = load(write(tmp_path, spec), start(3, one_order=True), BF16)
+    monkeypatch.setattr(decode, "BATCH", 5)
+    prompt, n_ids, count = np.array([5, 300, 5, 9], np.int32), 500, 12
+    answers = []
+    for by_itself in (False, True):
+        cache = network.new_cache(32)
+        logits = network.read(prompt, cache)
+        choice = Choice(network, sampling, prompt, n_ids, count)
+        with monkeypatch.context() as patch:
+            if not by_itself:
+                patch.setattr(Decoder, "goes_on", False)
+            decoder = Decoder(network, cache, choice)
+            assert decoder.one_launch is not None and decoder.goes_on == by_itself
+            for _ in range(2):
+                cache.length = len(prompt)
+                answers.append([token for token, _ in decoder.answer(logits, count)])
+                assert cache.length == len(prompt) + count - 1
+                assert choice.restart(sampling, prompt, count)
+    assert len(answers[0]) == count and max(answers[0]) < n_ids
+    assert answers == answers[:1] * 4
+
+
+def test_an_answer_ends_where_it_is_told_to(start, tmp_path, monkeypatch):  # noqa: F811
+    """At an end id, when the caller stops, at `max_tokens`; each time the next answer goes on from what was kept."""
+    network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5, one_order=True), BF16)
+    monkeypatch.setattr(decode, "BATCH", 4)
+    prompt = np.array([5, 200, 9], np.int32)
+
+    def answers(*args, **kwargs):
+        cache.length = len(prompt)
+        return decoder.answer(logits, *args, **kwargs)
+
+    cache = network.new_cache(40)
+    logits = network.read(prompt, cache)
+    decoder = Decoder(network, cache, Choice(network, Sampling(), prompt, 256, 30))
+    free = [token for token, _ in answers(30)]
+    assert len(free) == 30 and cache.length == 32
+    assert [token for token, _ in answers(1)] == free[:1] and cache.length == 3
+    end = next(token for token in free[3:] if token not in free[:3])
+    until = free[: free.index(end) + 1]
+    assert [token for token, _ in answers(30, (999, end))] == until
+    # the token after the end id was asked for and never computed
+    assert cache.length == len(prompt) + len(until) - 1
+    assert host(decoder.state).tolist() == [end, ENDED]
+    assert [token for token, _ in answers(30, (999,))] == free
+    with contextlib.closing(answers(30)) as tokens:
+        assert [next(tokens)[0] for _ in range(3)] == free[:3]
+    assert cache.length <= len(prompt) + 8 and decoder.one_launch.halt[0]
+    following = int(np.argmax(host(decoder.step(decoder.ids))[0, :256]))
+    assert following == free[cache.length - len(prompt)]
+    assert [token for token, _ in answers(30)] == free
+
+
+def test_halt_ends_a_launch(start, tmp_path):  # noqa: F811
+    network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5, one_order=True), BF16)
+    step = DecodeStep(network, network.new_cache(30), 256)
+    begin(step, 3, 0)
+    step.halt[0] = 1
+    step(20)
+    assert host(step.state)[1] == ENDED and host(step.position)[0] == 1
+    assert (step.tokens[2:] == NOT_YET).all() and step.tokens[1] == host(step.ids)[0]
+    step(20, fresh=False)
+    assert host(step.position)[0] == 1
+    step.halt[0] = 0
+    step(20)
+    assert host(step.position)[0] == 21 and (step.tokens[1:22] >= 0).all()
+
+
+@pytest.mark.parametrize("sampling", SETTINGS[:2], ids=str)
+def test_an_answer_of_broken_weights_says_so(start, tmp_path, sampling):  # noqa: F811
+    """The cache is full of NaN after the prompt: the second token has no choice, and nothing follows."""
+    network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5, one_order=True), BF16)
+    prompt = np.array([5, 200, 9], np.int32)
+    cache = network.new_cache(40)
+    logits = network.read(prompt, cache)
+    decoder = Decoder(network, cache, Choice(network, sampling, prompt, 256, 30))
+    put(network.weights.norm, np.full(128, np.nan))
+    answer = decoder.answer(logits, 30)
+    assert next(answer)[0] >= 0
+    with pytest.raises(ValueError, match="NaN"):
+        next(answer)
+    assert host(decoder.state).tolist() == [NO_CHOICE, ENDED] and cache.length == len(prompt) + 1
+
+
+def test_what_does_not_fit_into_the_ring_is_sampled_outside(start, tmp_path, monkeypatch):  # noqa: F811
+    network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5, one_order=True), BF16)
+    monkeypatch.setattr(decode_step, "SLOTS", 5)
+    prompt = np.array([5, 200, 9], np.int32)
+    for sampling, goes_on in ((Sampling(), True), (Sampling(temperature=1.0, top_k=5, seed=0), False)):
+        cache = network.new_cache(20)
+        logits = network.read(prompt, cache)
+        decoder = Decoder(network, cache, Choice(network, sampling, prompt, 256, 10))
+        assert decoder.one_launch is not None and decoder.goes_on == goes_on
+        assert len(list(decoder.answer(logits, 10))) == 10
