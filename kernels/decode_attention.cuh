@@ -223,10 +223,10 @@ __device__ __forceinline__ void attend(Me& me, const u64* table, int l, int p, K
     for (int e = t; e < SHARE; e += CONSUMERS) {
         const int element = split * (SHARE >> shift) + (e >> shift), h = element / D;
         const u64* from = shares + (size_t)(e & (n - 1)) * (SHARE + 2 * CH);
-        const u64* const pair[1] = {from + SHARE + 2 * h};
-        float state[1][2];
-        float sum = read_word(from + element, tag, me.patience);
-        read_pairs<1>(pair, tag, state, me.patience);
+        const u64* const pairs[2] = {from + SHARE + 2 * h, from + element / 2 * 2};  // polled together: one way there and back
+        float state[2][2];
+        read_pairs<2>(pairs, tag, state, me.patience);
+        float sum = element % 2 ? state[1][1] : state[1][0];
         float top = state[0][0];
         for (int offset = n / 2; offset; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
         const float factor = exp2f(state[0][0] - top);

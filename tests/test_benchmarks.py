@@ -63,7 +63,7 @@ def test_sets_exceed_the_cache_or_are_64():
 
 
 def test_a_row_of_decode(small, monkeypatch):
-    monkeypatch.setattr(decode, "TOKENS", 4)
+    monkeypatch.setattr(decode, "TOKENS", 4), monkeypatch.setattr(decode, "SHORT", 6)
     monkeypatch.setattr(decode.sizes, "TOKENS", 300)
     shape = {
         "hidden_size": 64,
@@ -79,6 +79,8 @@ def test_a_row_of_decode(small, monkeypatch):
     assert not row["one_launch"] and row["why_not"] == "CUQWEN_PORTABLE is set" and row["tokens"] == 4
     assert len(row["tokens_per_second"]) == 3 and row["percent_of_read"] > 0
     assert row["floor_microseconds"] == round(model.read_bytes_per_token(8) / 2e3, 1)
+    row = decode.row(model, "0.6B", 3, "greedy", True, 2e9)
+    assert row["tokens"] == 3 and len(row["tokens_per_second"]) == 10  # each within the six
 
 
 def test_a_checkpoint_to_be_loaded_is_one(tmp_path, monkeypatch):

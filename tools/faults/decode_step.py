@@ -121,3 +121,7 @@ fault("answer-cache-behind-its-tokens", DECODE, "start + (int(made[0]) if len(ma
 fault("answer-not-halted", DECODE, "                step.halt[0] = 1\n", "", ENDS)
 fault("answer-halted-for-ever", DECODE, "            step.halt[0] = 0\n", "", ENDS)
 fault("answer-one-launch-only", DECODE, "while asked < more and asked < arrived + BATCH:", "while asked == 0 and asked < more:", ENDS)
+fault(
+    "step-weight-of-a-share-for-its-top", STEP_ATTENTION, "element % 2 ? state[1][1] : state[1][0]",
+    "element % 2 ? state[1][0] : state[1][1]", "decode_step::decode_step_shares_out_the_keys[emulated-2-193]",
+)

@@ -28,7 +28,7 @@ fault(
     "api::a_character_that_stays_incomplete_is_shown_at_the_end",
 )
 fault(
-    "token-of-the-step-ahead", "cuqwen/decode.py", "self.choice.check(read_this(), logits)\n            yield",
-    "self.choice.check(read(), logits)\n            yield",
+    "token-of-the-step-ahead", "cuqwen/decode.py", "token = choice.check(read_this(), logits)",
+    "token = choice.check(read(), logits)",
     BOTH_SIDES,
 )

@@ -5,7 +5,7 @@ from faults.table import ATTENTION_TEST, QKV_TEST, fault
 # fmt: off
 CUDA, OPS = "cuqwen/cuda.py", "cuqwen/ops.py"
 
-fault("launch-scale", CUDA, "np.float32(dim**-0.5)", "np.float32(1 / dim)", ATTENTION_TEST)
+fault("launch-scale", CUDA, "dim**-0.5 / np.log(2)), *scratch)", "dim**-1 / np.log(2)), *scratch)", ATTENTION_TEST)
 fault("launch-last-block", CUDA, "return -(-n // size)", "return max(1, n // size)", "ops::matmul")
 fault(
     "launch-one-head-too-few", CUDA, '"qkv_rope_tile", types, (_blocks(tokens, 32), heads + 2 * kv_heads)',

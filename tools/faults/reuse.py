@@ -69,7 +69,7 @@ fault(
 fault("choice-kept-for-other-rules", DECODE, "if _rules(sampling) != self.rules or", "if", AGAIN_GREEDY)
 fault("choice-more-tokens-than-room", DECODE, " or max_tokens > self.room:", ":", AGAIN_CPU, AGAIN_EMULATED)
 fault(
-    "decoder-keeps-the-other-choice", DECODE, "self.choice, self.launch, self.eager_steps = choice, None, 0",
+    "decoder-keeps-the-other-choice", DECODE, "self.choice, self.recording, self.eager_steps = choice, None, 0",
     "self.choice = choice", AGAIN_GREEDY,
 )
 fault(
