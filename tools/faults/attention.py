@@ -150,3 +150,7 @@ fault(
     "wgmma-attention-tile-not-there", ATTENTION_WGMMA, "k_ring.filled<1>(tile)", "k_ring.filled<2>(tile)",
     prompts(RAGGED, "emulated-wgmma"),
 )
+fault(
+    "mma-attention-parts-of-a-float32-cache", ATTENTION_MMA, "part + kv_part >= 2", "part + kv_part >= 3",
+    "attention_mma::prompts",
+)

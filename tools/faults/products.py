@@ -89,3 +89,8 @@ fault(
     "swiglu-gate-for-up-wgmma", SWIGLU, "acc[first + j + Tile::NJ / 2][e];  //", "acc[first + j][e];  //",
     product("middle", "129-48-136"),
 )
+fault(
+    "wgmma-reads-before-the-launch-before-ends", WGMMA, "wait_for_launches_before();\n                for (bool first",
+    "for (bool first", "wgmma::recorded_products_wait_for_what_they_read",
+)
+fault("wgmma-slot-not-free-at-first", WGMMA, "!first || step >= STAGES", "!first", "wgmma::products")
