@@ -4,7 +4,8 @@
 
 Random weights of Qwen3's shapes. A row is wall-clock time from the call to the logits' arrival, median of `REPEATS`, for each
 mode: as loaded by default, exact (float32 activations), and transformers in bf16 where it is installed. `host` is the time
-until everything is on its way. The first token is that of `generate_steps`, without the tokenizer. The memory is what the
+until everything is on its way. The first token is that of `generate_steps`, without the tokenizer, and includes ending the answer
+there, which waits for the token that the GPU is at. The memory is what the
 driver counts, before loading and after a prompt and an answer that fill the context.
 """
 

@@ -40,7 +40,6 @@ CONTENDERS = {
     "cuqwen exact": "**cuqwen**, `exact=True`",
     "cuqwen token by token": "**cuqwen**, token by token",
     "cuqwen kv float32": "**cuqwen**, float32 cache",
-    "cuqwen exact kv float32": "**cuqwen**, `exact=True`, float32 cache",
     "cuqwen exact kv bfloat16": "**cuqwen**, `exact=True`, bf16 cache",
 }
 CHECKPOINTS = {"demo": "demo", "ordinary": "random, ordinary gains", "heavy": "random, heavy gains"}

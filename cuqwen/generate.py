@@ -138,17 +138,15 @@ class Sequence:
             return count
         return next(i for i in range(count) if self.ids[i] != prompt[i])
 
-    def decode(
-        self, cache: KVCache, sampling: Sampling, prompt: list[int], n_ids: int, max_tokens: int
-    ) -> tuple[Decoder, Choice]:
-        """What continues the text in `cache`, as `begin` gave it. Both are kept, and with them what was recorded, as long as
-        the cache and the settings stay."""
+    def decode(self, cache: KVCache, sampling: Sampling, prompt: list[int], n_ids: int, max_tokens: int) -> Decoder:
+        """What continues the text in `cache`, as `begin` gave it. It is kept, and with it what was recorded, as long as the
+        cache and the settings stay."""
         if self.choice is None or not self.choice.restart(sampling, prompt, max_tokens):
             self.choice = Choice(self.model, sampling, prompt, n_ids, max_tokens)
         if self.decoder is None:
             self.decoder = Decoder(self.model, cache, self.choice)
         self.decoder.follow(self.choice)
-        return self.decoder, self.choice
+        return self.decoder
 
 
 def _round_up(rows: int) -> int:
@@ -172,10 +170,10 @@ def generate_steps(
     Ends after a token of `end_ids`, after a string of `stop`, or at `max_tokens`. The caller has checked the arguments.
     However it ends, `sequence` can be used again.
     """
-    model, cache = sequence.model, sequence.begin(prompt, max_tokens)
+    cache = sequence.begin(prompt, max_tokens)
     logits = sequence.read(prompt, cache, progress)
     # made while a GPU reads the prompt
-    decoder, choice = sequence.decode(cache, sampling, prompt, tokenizer.n_ids, max_tokens)
+    decoder = sequence.decode(cache, sampling, prompt, tokenizer.n_ids, max_tokens)
     stream, stops = tokenizer.stream(), StopStrings(stop)
     # with log-probabilities each token's logits are wanted, which the next step overwrites
     with contextlib.closing(decoder.answer(logits, max_tokens, end_ids, ahead=not logprobs)) as tokens:

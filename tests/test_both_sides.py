@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cuqwen import cuda, launch, ops, rope_table, tiles
+from cuqwen import launch, ops, rope_table, tiles
 from cuqwen.config import Config
 from cuqwen.decode_step import DecodeStep
 from cuqwen.model import Device, Qwen3

@@ -145,11 +145,17 @@ def test_new_records_fill_their_parts(copy):
             "rows": [measured | {"size": "8B", "tokens": n, "ceiling": "read"} for n in (1, 2048)] + [large, broken],
             "ceilings": {"read": 2.98e12, "copy": 2.9e12, "node": 1.04, "tensor": 800e12},
         },
-        "generate": records["generate"] | {"cuqwen": [started(cache, end) for cache in ("cold", "warm") for end in (1.5, 1.0, 9.0)]},
+        "generate": records["generate"]
+        | {"cuqwen": [started(cache, end) for cache in ("cold", "warm") for end in (1.5, 1.0, 9.0)]},
         "load": {
             **head,
             **{"size": "8B", "bytes": 16e9, "files": 4, "copy": 5e10, "reads": {"1": 8e9, "8": 4e10}},
-            **{"load_seconds": [0.4, 0.5, 0.9], "rate": 3.2e10, "percent_of_slower": 80.1, "safetensors_torch_seconds": 4.0},
+            **{
+                "load_seconds": [0.4, 0.5, 0.9],
+                "rate": 3.2e10,
+                "percent_of_slower": 80.1,
+                "safetensors_torch_seconds": 4.0,
+            },
         },
     }
     parts = report.parts(records, "docs/performance.md")
@@ -160,9 +166,15 @@ def test_new_records_fill_their_parts(copy):
     assert row.replace("716,975", "–").replace("3 %", "–") in report.prefill(records)
     assert "| 8B | 20 | 100.00 ms | 200.00 ms | 300.00 ms |" in parts["first token"].splitlines()
     assert "99 % of the plan" in parts["memory"]
-    assert parts["spans"].splitlines()[2:] == ["| weights | 0.50 s | 0.75 s | 0.25 s |", "| first token | 1.50 s | 1.50 s | 0.00 s |"]
+    assert parts["spans"].splitlines()[2:] == [
+        "| weights | 0.50 s | 0.75 s | 0.25 s |",
+        "| first token | 1.50 s | 1.50 s | 0.00 s |",
+    ]
     assert "| **cuqwen** | 1.00 s | 0.40 s | 0.10 s | **1.5 s** |" in parts["start"].splitlines()
-    assert "| **`cuqwen.load`**, all of it | **32.0 GB/s**, 0.50 s, 80 % of the slower of the two |" in parts["load"].splitlines()
+    assert (
+        "| **`cuqwen.load`**, all of it | **32.0 GB/s**, 0.50 s, 80 % of the slower of the two |"
+        in parts["load"].splitlines()
+    )
     assert "| safetensors for PyTorch, tensors only | 4.0 GB/s, 4.00 s |" in parts["load"].splitlines()
     assert "| reading memory | 2.98 TB/s |" in parts["ceilings"].splitlines()
     assert parts["operations"].count("| `matmul` o | 8B | 12.5 | 12.5 | 12 % of read | – | 12.5 |") == 2

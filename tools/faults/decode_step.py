@@ -92,7 +92,8 @@ fault("step-pieces-not-turned", STEP_ATTENTION, "at % IN_BOX / IN_PIECE ^ row % 
 fault("step-keys-of-another-head", STEP_RING, "(mine.kv() * BOXES + lane % BOXES)", "lane % BOXES", TWO_HEADS)
 fault("step-keys-of-another-layer", STEP_RING, "mine, keys, values, l * S);", "mine, keys, values, 0);", TWO_HEADS)
 fault(
-    "step-rows-dealt-to-nobody", STEP_RING, "min(rows, int(b * units / blocks * unit)), last", "min(rows, int((b * units + 1) / blocks * unit)), last",
+    "step-rows-dealt-to-nobody", STEP_RING, "min(rows, int(b * units / blocks * unit)), last",
+    "min(rows, int((b * units + 1) / blocks * unit)), last",
     SEGMENTS,
 )
 fault("step-acc-not-rescaled", STEP_ATTENTION, "    head.weight *= shrink;\n", "", SHARES)
@@ -120,7 +121,10 @@ fault("steps-token-of-another-place", STEP, "tokens + next, id", "tokens + next 
 fault("answer-cache-behind-its-tokens", DECODE, "start + (int(made[0]) if len(made) else more)", "start", ENDS)
 fault("answer-not-halted", DECODE, "                step.halt[0] = 1\n", "", ENDS)
 fault("answer-halted-for-ever", DECODE, "            step.halt[0] = 0\n", "", ENDS)
-fault("answer-one-launch-only", DECODE, "while asked < more and asked < arrived + BATCH:", "while asked == 0 and asked < more:", ENDS)
+fault(
+    "answer-one-launch-only", DECODE, "while asked < more and asked < arrived + BATCH:",
+    "while asked == 0 and asked < more:", ENDS,
+)
 fault(
     "step-weight-of-a-share-for-its-top", STEP_ATTENTION, "element % 2 ? state[1][1] : state[1][0]",
     "element % 2 ? state[1][0] : state[1][1]", "decode_step::decode_step_shares_out_the_keys[emulated-2-193]",

@@ -13,7 +13,10 @@ fault(
     "api::two_stop_strings_completed_by_one_token",
 )
 fault("stop-rest-lost", GENERATE, "tail + stops.finish()", "tail", "api::held_back_text_is_released_at_the_end")
-fault("end-ids-ignored", GENERATE, "count == max_tokens, token in end_ids", "count == max_tokens, False", "api::end_ids_of_generation_config")
+fault(
+    "end-ids-ignored", GENERATE, "count == max_tokens, token in end_ids", "count == max_tokens, False",
+    "api::end_ids_of_generation_config",
+)
 fault(
     "end-id-only-the-first", GENERATE, "count == max_tokens, token in end_ids", "count == max_tokens, token == end_ids[0]",
     "api::end_ids_of_generation_config",

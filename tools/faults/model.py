@@ -59,7 +59,8 @@ fault(
 fault("decoder-length-not-advanced", DECODE, "        self.cache.length += 1\n", "", RECORDED)
 fault("decoder-table-freed", DECODE, "self.model.cos", "None", RECORDED)
 fault(
-    "decoder-position-never-sent", DECODE, "self.next_position = -1 if portable else self.cache.length", "self.next_position = self.cache.length",
+    "decoder-position-never-sent", DECODE, "self.next_position = -1 if portable else self.cache.length",
+    "self.next_position = self.cache.length",
     RECORDED,
 )
 fault(
@@ -67,7 +68,8 @@ fault(
     "if self.next_position < 0:", "decode_step::decoder_continues_what_it_has_not_written",
 )
 fault(
-    "decoder-choice-not-recorded", DECODE, "if self.choice is not None:\n            self.choice(logits, self.ids)\n        return logits\n\n\n",
+    "decoder-choice-not-recorded", DECODE,
+    "if self.choice is not None:\n            self.choice(logits, self.ids)\n        return logits\n\n\n",
     "return logits\n\n\n",
     BOTH_SIDES,
 )

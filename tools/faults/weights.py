@@ -34,7 +34,8 @@ fault(
     "weights::reserved_tensors_are_filled",
 )
 fault(
-    "sent-buffers-not-awaited", WEIGHTS, "                opened.callback(sender.finish)", "                #", "weights::reserved_tensors_are_filled",
+    "sent-buffers-not-awaited", WEIGHTS, "                opened.callback(sender.finish)",
+    "                #", "weights::reserved_tensors_are_filled",
 )
 fault(
     "reading-goes-on-after-an-error", WEIGHTS, "        stop.set()\n        for thread", "        for thread",
