@@ -77,7 +77,8 @@ def load(
         cupy_is_there = beside.submit(launch.has_gpu if wants_gpu else bool)
         if not hub.is_local(model):
             cupy_is_there.result()
-            _choose_device(device, dtype)  # nothing is downloaded for a device that is not there
+            # nothing is downloaded for a device that is not there, or a type that it does not have
+            _choose_kv_dtype(kv_dtype, _choose_device(device, dtype), exact)
         folder = hub.resolve(model, revision=revision, progress=show_download)
         config = Config.from_folder(folder)
         read_tokenizer = beside.submit(Tokenizer.from_folder, folder, config)

@@ -85,7 +85,7 @@ def measure(network: Qwen3, n_ids: int, case: Case, repetitions: int) -> Figures
     Raises what loading too long a context raises: MemoryError, or the allocator's own error.
     """
     rng = np.random.default_rng(0)
-    cache = network.new_cache(case.depth + case.tokens)
+    cache = network.new_cache(case.depth + max(2, case.tokens))  # the first answer has two steps
     if case.depth:
         network.read(rng.integers(0, n_ids, case.depth).astype(np.int32), cache)
     if case.n_prompt:

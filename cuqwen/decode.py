@@ -125,8 +125,12 @@ class Decoder:
         if choice is self.choice:
             return
         self.choice, self.recording, self.eager_steps = choice, None, 0
-        if self.one_launch is not None and self.goes_on:
-            self.one_launch.choose_by(choice.plan(), choice.state.get("uniforms"))
+        try:
+            if self.one_launch is not None and self.goes_on:
+                self.one_launch.choose_by(choice.plan(), choice.state.get("uniforms"))
+        except BaseException:  # an interrupt while the kernel is compiled: the next answer asks again
+            self.choice = None
+            raise
 
     @property
     def goes_on(self) -> bool:
@@ -181,7 +185,7 @@ class Decoder:
         start, asked, arrived = self.cache.length, 0, 0
         coming = step.tokens[start + 1 : start + 1 + more]
         step.end_at(end_ids)
-        if step.halt[0]:
+        if step.halt[0] or self.next_position < 0:  # or an interrupt has left something running
             launch.wait()
             step.halt[0] = 0
         coming[...] = NOT_YET
@@ -190,8 +194,8 @@ class Decoder:
             while True:
                 while asked < more and asked < arrived + BATCH:
                     count = min(BATCH, more - asked)
-                    step(count, fresh=asked == 0)
-                    asked += count
+                    asked += count  # first: an interrupt inside the call must find something to halt
+                    step(count, fresh=asked == count)
                 token = _wait_for(coming, arrived - 1, step, choice) if arrived else choice.check(read(), logits)
                 yield token, step.logits if arrived else logits
                 if arrived == more or token in end_ids:
@@ -259,7 +263,8 @@ def _wait_for(tokens: np.ndarray, index: int, step: DecodeStep, choice: Choice) 
         time.sleep(PAUSE)
     if tokens[index] >= 0:
         return int(tokens[index])
-    return choice.check(launch.read_later(step.state)(), step.logits)  # says why there is none
+    choice.check(launch.read_later(step.state)(), step.logits)  # says why there is none
+    raise launch.DeviceError("decode_step: wanted a token of each step, got none; load the model again")
 
 
 def _rules(sampling: Sampling) -> dict[str, Any]:

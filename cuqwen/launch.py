@@ -449,7 +449,14 @@ def release_memory() -> None:
 def free_bytes() -> int:
     """GPU memory that can still be allocated, CuPy's own idle blocks included."""
     cp = cupy()
-    return cp.cuda.Device().mem_info[0] + cp.get_default_memory_pool().free_bytes()
+    try:
+        free = cp.cuda.Device().mem_info[0]
+    except cp.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError(
+            f"this GPU gives this process no memory ({error}); see nvidia-smi for others, "
+            'or use device="cpu" (--device cpu)'
+        ) from None
+    return int(free + cp.get_default_memory_pool().free_bytes())
 
 
 def peak_bandwidth() -> float:
@@ -565,4 +572,6 @@ def is_idle() -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that GPU or host memory ran out."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(name in str(error) for name in ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY"))

@@ -13,6 +13,7 @@ from cuqwen import launch, weights
 from cuqwen.cache import KVCache
 from cuqwen.config import Config
 from cuqwen.decode import why_portable
+from cuqwen.decode_step import can_sample, defines
 from cuqwen.memory import MemoryPlan
 from cuqwen.model import Device, Qwen3
 from cuqwen.prompt import ShortPrompts
@@ -34,6 +35,8 @@ def kernels(
         logits = dry.empty((1, config.vocab_size), np.float32)
         dry.operations.sample(logits[0])
         dry.operations.argmax(logits)
+        if not is_portable and can_sample(model):
+            launch.load_function("decode_step", "decode_step", defines(config, model.kv_dtype, sampled=True))
         del model.weights.layers[1:-1]  # two show what all launch
         for tokens in (*([1] if is_portable else []), *ShortPrompts(model, cache).widths, plan.chunk):
             ids = dry.empty((tokens,), np.int32)

@@ -343,7 +343,9 @@ def _stored_tensors(files: Iterable[Path]) -> Iterator[_Tensor]:
     for path in files:
         _check_file(path)
         with _opened(path) as file:
-            header = bytearray(int.from_bytes(file.read(8), "little"))
+            size = bytearray(8)
+            _read_into(file, 0, memoryview(size))
+            header = bytearray(int.from_bytes(size, "little"))
             _read_into(file, 8, memoryview(header))
         entries = json.loads(header)
         entries.pop("__metadata__", None)

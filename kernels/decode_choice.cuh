@@ -22,7 +22,7 @@ __device__ __forceinline__ void take_tops(unsigned* top, int shift, int n_ids, u
     if (t % 32) return;
     const bool is_last = (next & ((1 << shift) - 1)) == 0 || next >= last;
     const unsigned largest = max(*top, here);
-    if (is_last && first < n_ids) store_relaxed(words + TOPS + (first >> shift) * 2 + t / 32, (u64)tag << 32 | largest);
+    if (is_last && first >> shift << shift < n_ids) store_relaxed(words + TOPS + (first >> shift) * 2 + t / 32, (u64)tag << 32 | largest);
     *top = is_last ? 0 : largest;
 }
 

@@ -32,8 +32,9 @@
 // Exchange     between blocks by words {float32 value, tag}: a reader polls the very word that it needs, and no
 //              counter or barrier of the grid exists. Five exchanges a layer (vector, qkv, attention, vector, activation), one
 //              more where a head's keys are shared out, one for the choice. A word is written again only after everybody has passed it:
-//              each block publishes in each exchange of the vector and of the choice, and all wait for all of them. Fences: one a token, before
-//              the last exchange of the vector, for the new keys and values, which others' bulk copies read for the next token.
+//              each block with a part in the layers publishes in each exchange of the vector, each block in that of the choice, and all wait for
+//              all of them. Fences: one a token, before the last exchange of the vector, for the new keys and values, which others' bulk copies
+//              read for the next token, and those of decode_choice.cuh.
 // Choice       arg-max: every block publishes its best and finds the best of all. SAMPLED: every block looks at the groups of logits that it
 //              has computed, and the last block, which has no part in the layers, chooses.
 // Precision    as the operations: float32 everywhere, one rounding where k and v are stored. A float32 factor of a product is the

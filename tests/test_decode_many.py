@@ -9,11 +9,13 @@ from test_decode_step import BF16, F32, SPECS, Spec, host, load, put, start, wri
 from cuqwen import decode, decode_step, launch
 from cuqwen.decode import Choice, Decoder
 from cuqwen.decode_step import ENDED, NO_CHOICE, NOT_YET, DecodeStep
+from cuqwen.generate import Sequence
 from cuqwen.sampling import Sampling
 
 SETTINGS = [
     Sampling(),
     Sampling(temperature=0.7, top_k=20, top_p=0.95, seed=1),
+    Sampling(temperature=1.5, top_k=3, top_p=0.95, seed=5),  # the groups' largest decide
     Sampling(temperature=1.0, seed=2),
     Sampling(temperature=1.5, top_p=0.8, min_p=0.01, seed=3),
     Sampling(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.4),
@@ -30,7 +32,7 @@ def begin(step, token, position):
 @pytest.mark.parametrize("name,blocks", [("two_heads_a_key_head", 5), ("untied_no_gain_biases", 8)])
 def test_many_steps_are_single_ones(start, tmp_path, name, blocks, kv):  # noqa: F811
     """One launch of six steps and six of one: the same bits of logits, tokens and cache, and both can go on."""
-    network = load(write(tmp_path, SPECS[name]), start(blocks), kv)
+    network = load(write(tmp_path, SPECS[name]), start(blocks, one_order=kv is F32), kv)
     caches = [network.new_cache(9) for _ in range(2)]
     for cache in caches:
         put(cache.keys, np.full(cache.keys.shape, np.nan)), put(cache.values, np.full(cache.values.shape, np.nan))
@@ -74,13 +76,14 @@ def test_many_steps_while_the_split_of_the_keys_changes(start, tmp_path, heads, 
     assert np.array_equal(host(steps[0].logits), host(steps[1].logits)) and np.isfinite(host(steps[0].logits)).all()
 
 
-@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-def test_a_launch_chooses_as_the_sampler_does(start, tmp_path, sampling, monkeypatch):  # noqa: F811
-    """Tokens of one launch against those of single steps with `sample` after each; twice, as a second answer begins anew."""
+@pytest.mark.parametrize("sampling,n_ids", [*((each, 500) for each in SETTINGS), (SETTINGS[2], 400)], ids=str)
+def test_a_launch_chooses_as_the_sampler_does(start, tmp_path, sampling, n_ids, monkeypatch):  # noqa: F811
+    """Tokens of one launch against those of single steps with `sample` after each; twice, as a second answer begins anew.
+    With 400 ids the second half of the last group's logits is nobody's."""
     spec = Spec("sampled", 2, 1, 64, 128, 192, 520, num_hidden_layers=1)
     network = load(write(tmp_path, spec), start(3, one_order=True), BF16)
     monkeypatch.setattr(decode, "BATCH", 5)
-    prompt, n_ids, count = np.array([5, 300, 5, 9], np.int32), 500, 12
+    prompt, count = np.array([5, 300, 5, 9], np.int32), 12
     answers = []
     for by_itself in (False, True):
         cache = network.new_cache(32)
@@ -149,7 +152,8 @@ def test_halt_ends_a_launch(start, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("sampling", SETTINGS[:2], ids=str)
 def test_an_answer_of_broken_weights_says_so(start, tmp_path, sampling):  # noqa: F811
     """The cache is full of NaN after the prompt: the second token has no choice, and nothing follows."""
-    network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5, one_order=True), BF16)
+    spec = Spec("sampled", 2, 1, 64, 128, 192, 520, num_hidden_layers=1)
+    network = load(write(tmp_path, spec), start(3, one_order=True), BF16)
     prompt = np.array([5, 200, 9], np.int32)
     cache = network.new_cache(40)
     logits = network.read(prompt, cache)
@@ -172,3 +176,40 @@ def test_what_does_not_fit_into_the_ring_is_sampled_outside(start, tmp_path, mon
         decoder = Decoder(network, cache, Choice(network, sampling, prompt, 256, 10))
         assert decoder.one_launch is not None and decoder.goes_on == goes_on
         assert len(list(decoder.answer(logits, 10))) == 10
+
+
+def answer_of(sequence, sampling):
+    prompt = [5, 300, 5, 9, 7, 8, 1]
+    cache = sequence.begin(prompt, 12)
+    logits = sequence.read(prompt, cache, None)
+    return [token for token, _ in sequence.decode(cache, sampling, prompt, 500, 12).answer(logits, 12)]
+
+
+@pytest.mark.parametrize("where", ["compiling", "launching"])
+def test_after_an_interrupt_the_next_answer_is_right(start, tmp_path, monkeypatch, where):  # noqa: F811
+    """Ctrl-C while the kernel for another way to choose is compiled, or in a launch that is on its way."""
+    spec = Spec("sampled", 2, 1, 64, 128, 192, 520, num_hidden_layers=1)
+    network = load(write(tmp_path, spec), start(3, one_order=True), BF16)
+    sequence, sampling = Sequence(network, 64), Sampling(temperature=3.0, seed=1)
+    wanted = answer_of(Sequence(network, 64), sampling)
+    answer_of(sequence, Sampling())
+    real, of_a_step = launch.load_function, DecodeStep.__call__
+
+    def load_function(file, *arguments):
+        if file == "decode_step":
+            raise KeyboardInterrupt
+        return real(file, *arguments)
+
+    def run(*arguments, **keywords):
+        of_a_step(*arguments, **keywords)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if where == "compiling":
+            patch.setattr(launch, "load_function", load_function)
+        else:
+            patch.setattr(DecodeStep, "__call__", run)
+        answer_of(sequence, sampling)
+    if where == "launching":
+        assert sequence.decoder.one_launch.halt[0]
+    assert answer_of(sequence, sampling) == wanted

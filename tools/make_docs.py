@@ -104,9 +104,9 @@ def kernel_head(source: str) -> str:
 def kernel_part(root: Path) -> str:
     result = [
         "## Kernels",
-        "Each is compiled at run time with the constants given as `-D` (see [architecture.md](architecture.md)) and launched "
-        "by [cuda.py](../cuqwen/cuda.py). The rest of each head stays in the file: how the work is divided, precision, error "
-        "bound, traffic, determinism, limits.",
+        "Each is compiled at run time with the constants defined before its source (see [architecture.md](architecture.md)) "
+        "and launched by [cuda.py](../cuqwen/cuda.py). The rest of each head stays in the file: how the work is divided, "
+        "precision, error bound, traffic, determinism, limits.",
     ]
     for path in sorted((root / "kernels").glob("*.cu")):
         head = kernel_head(path.read_text(encoding="utf-8"))

@@ -79,6 +79,8 @@ def _sizes(text: str) -> list[int]:
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if given.repetitions < 1:
         parser.error(f"--repetitions: wanted at least 1, got {given.repetitions}")
+    if given.max_context is not None and given.max_context < 1:
+        parser.error(f"--max-context: wanted at least 1, got {given.max_context}")
     if not any(given.n_prompt) and not any(given.n_gen):
         parser.error("--n-prompt and --n-gen: wanted at least one size above 0")
     if given.random and (given.revision or given.check_weights):

@@ -163,7 +163,7 @@ def _prompts(s: Sizes, *, bf16: bool) -> Iterator[Case]:
 
     projections = [weight(n * s.head_dim, s.hidden) for n in (s.heads, s.kv_heads, s.kv_heads)]
     gains = {"q_norm": normal(s.head_dim), "k_norm": normal(s.head_dim)}
-    keys, values = normal(*kv, dtype=narrow), normal(*kv, dtype=narrow)
+    keys, values = normal(*kv, dtype=dtype), normal(*kv, dtype=dtype)
     gated = {"out": np.zeros((s.rows, s.ffn), dtype)}
     for name, arguments, keywords, terms, roundings in (
         ("qkv_rope", (x, *projections, *rope_table(s.head_dim, s.rows, 1e6), positions), gains, s.hidden, 0),
@@ -179,7 +179,11 @@ def _prompts(s: Sizes, *, bf16: bool) -> Iterator[Case]:
 def check_model(report: Report, *, on_gpu: bool) -> None:
     """The demo model by the same route as any other: on the CPU, and on the GPU its prompts, which are computed, recorded and
     repeated, and its single tokens both ways, against float64."""
-    from cuqwen import api, bench
+    try:
+        from cuqwen import api, bench
+    except ImportError as error:  # a package that is missing or broken
+        report.fail("demo model", f"{type(error).__name__}: {error}", "install cuqwen again")
+        return
 
     def on_cpu() -> str:
         with api.load("demo", device="cpu") as model:

@@ -132,7 +132,11 @@ def _cupy(report: Report, *, required: bool) -> bool:
     properties = runtime.getDeviceProperties(device.id)
     versions = [f"{v // 1000}.{v % 1000 // 10}" for v in (runtime.runtimeGetVersion(), runtime.driverGetVersion())]
     report.ok("CuPy", f"{cp.__version__}, CUDA {versions[0]}; the driver takes CUDA up to {versions[1]}")
-    free, total = device.mem_info
+    try:
+        free, total = device.mem_info
+    except Exception as error:  # the first that needs a context
+        report.fail("GPU", f"{type(error).__name__}: {error}"[:300], "see nvidia-smi for other programs on it")
+        return False
     capability = f"{device.compute_capability[:-1]}.{device.compute_capability[-1]}"
     processors = properties["multiProcessorCount"]
     report.ok(

@@ -55,7 +55,8 @@ def _in_flags() -> Iterator[None]:
         yield
     except (ValueError, MemoryError) as error:
         text = re.sub(r"max_context=(\d+) \(--max-context \1\)", r"--max-context \1", str(error).removeprefix("load: "))
-        raise type(error)(re.sub("^max_context:", "--max-context:", text)) from None
+        kind = MemoryError if isinstance(error, MemoryError) else ValueError  # others' subclasses take other arguments
+        raise kind(re.sub("^max_context:", "--max-context:", text)) from None
 
 
 @contextlib.contextmanager
@@ -71,5 +72,5 @@ def hold_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if received:
-        raise KeyboardInterrupt
+        if received:  # also where the block failed
+            raise KeyboardInterrupt
