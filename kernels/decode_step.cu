@@ -26,8 +26,8 @@
 //              SLOTS of 16 KB in the ring, SAMPLED 0: the arg-max of the logits below n_ids, the lowest id among equals, 1: as sample.cu chooses
 // Work         8 consumer warps and one producer warp a block. A matrix is dealt out in tiles of 8 rows, the last of a block
 //              often of 4; a block's tiles of a token, and between them its share of the cached keys and values, follow one another in an
-//              order that no value decides, so the producer streams them through the ring without a pause at stages, layers or tokens,
-//              few of them on their way at a time (decode_ring.cuh). A consumer warp owns 128 columns of every 1024: it waits for just these
+//              order that no value decides, so the producer streams them through the ring without a pause at stages or layers, few of them
+//              on their way at a time; between two tokens it waits for the choice, with the first product's tiles sent (decode_ring.cuh). A consumer warp owns 128 columns of every 1024: it waits for just these
 //              values of the vector, multiplies all rows by them on the tensor cores, and the 8 partial sums of a row meet in shared memory.
 // Exchange     between blocks by words {float32 value, tag}: a reader polls the very word that it needs, and no
 //              counter or barrier of the grid exists. Five exchanges a layer (vector, qkv, attention, vector, activation), one
@@ -42,9 +42,9 @@
 // Error bound  that of the operations
 // Traffic      a token: all weights once and 2 L p K D sizeof(KV_TYPE) bytes of cache
 // Determinism  fixed order of summation; the split of the keys follows from p, and nothing from timing but after how many tokens `halt` ends
-// Limits       UNITS = H / UNIT_HEADS <= gridDim.x <= C / 4 <= 16 gridDim.x. A block that waits longer than 2 s goes on with what it has.
+// Limits       UNITS = H / UNIT_HEADS <= W <= C / 4 <= 16 W, where W is gridDim.x, less 1 if SAMPLED. A block that waits longer than 2 s goes on with what it has.
 //              Finite weights: an infinite one gives NaN, as do values above 3.39e38
-// Wrapper decode_step.DecodeStep · truth the operations · test tests/test_decode_step.py · benchmark benchmarks/decode.py
+// Wrapper decode_step.DecodeStep · truth the operations · test tests/test_decode_step.py, test_decode_many.py · benchmark benchmarks/decode.py
 #include "common.cuh"
 #include "ptx.cuh"
 

@@ -3,7 +3,7 @@
 Fields of a row in json and csv; the table leaves out some:
   model              what was measured
   device             the GPU's name, or "cpu"
-  engine             how: "one launch" (a token in one kernel), "portable" (many small kernels in a CUDA graph), "cuda"
+  engine             how: "one launch" (one kernel for up to 32 tokens), "portable" (many small kernels in a CUDA graph), "cuda"
                      (prompts), "numpy", "transformers eager", "transformers static" (static cache and torch.compile)
   test               ppN: a prompt of N tokens is read; tgN: N tokens are generated; @ dN: after N tokens of context
   n_prompt, n_gen, depth   the same in numbers
@@ -59,7 +59,7 @@ beside the speed at which this machine's memory can be read, which bounds the se
     add("-d", "--n-depth", type=_sizes, default=[0], metavar="N,N", help="tokens of context before them (default 0)")
     add("-r", "--repetitions", type=int, default=5, metavar="N", help="runs of each test (default 5)")
     add("--sample", action="store_true", help="a second tg row whose tokens are sampled")
-    add("--portable", action="store_true", help="many small kernels in a CUDA graph, not one kernel a token")
+    add("--portable", action="store_true", help="many small kernels a token in a CUDA graph, not one launch for many")
     add("--compare", action="store_true", help="the same tests with transformers, if it is installed")
     output = parser.add_argument_group("output")
     output.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md", help="default: md, a table")

@@ -118,6 +118,10 @@ fault("steps-go-on-after-the-end", STEP, "if (!fresh && ids[1] == ENDED) return;
 fault("steps-halt-ignored", STEP_CHOICE, "(u64)tag << 32 | unsigned(halted != 0)", "(u64)tag << 32", HALT)
 fault("steps-copies-still-on-their-way", STEP, "frames <= SLOTS; frames++", "frames <= 1; frames++", HALT)
 fault("steps-token-of-another-place", STEP, "tokens + next, id", "tokens + next - 1, id", MANY)
+fault(
+    "steps-tops-of-a-cut-group-kept-back", STEP_CHOICE, "first >> shift << shift < n_ids", "first < n_ids",
+    "decode_many::a_launch_chooses_as_the_sampler_does",
+)
 fault("answer-cache-behind-its-tokens", DECODE, "start + (int(made[0]) if len(made) else more)", "start", ENDS)
 fault("answer-not-halted", DECODE, "                step.halt[0] = 1\n", "", ENDS)
 fault("answer-halted-for-ever", DECODE, "            step.halt[0] = 0\n", "", ENDS)
