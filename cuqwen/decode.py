@@ -195,7 +195,7 @@ class Decoder:
                 while asked < more and asked < arrived + BATCH:
                     count = min(BATCH, more - asked)
                     asked += count  # first: an interrupt inside the call must find something to halt
-                    step(count, fresh=asked == count)
+                    step(count, fresh=asked == count, cached=start + asked - count)
                 token = _wait_for(coming, arrived - 1, step, choice) if arrived else choice.check(read(), logits)
                 yield token, step.logits if arrived else logits
                 if arrived == more or token in end_ids:
@@ -236,7 +236,7 @@ class Decoder:
             run, logits = self.recording
             run()
         else:
-            self.one_launch()
+            self.one_launch(cached=self.cache.length)
             logits = self.one_launch.logits
             if self.choice is not None and not self.goes_on:
                 self.choice(logits, self.ids)

@@ -31,7 +31,8 @@ NO_CHOICE = -1  # in `ids`, where the logits leave no token
 LOST, ENDED = 1, 2  # in `state`: a block gave up waiting; nothing follows
 NOT_YET = -2  # in `tokens`
 MAX_ENDS = 32
-MAX_BLOCKS = 1024
+MAX_BLOCKS, MAX_LOTS, CHOSEN_PITCH = 1024, 8192, 16
+MANY_KEYS = 7168  # cached tokens from which the two query heads of a key head are computed together
 
 
 def variants() -> Iterator[tuple[str, launch.Defines]]:
@@ -39,49 +40,56 @@ def variants() -> Iterator[tuple[str, launch.Defines]]:
 
     Some larger ones spill registers (with the arg-max 8B 188 bytes, 4B 344, 14B 638, 32B 916), which their longer streams hide.
     """
-    for kv_dtype, sampled in ((BF16, False), (F32, False), (BF16, True)):
+    for kv_dtype, sampled, many_keys in (
+        (BF16, False, False),
+        (F32, False, False),
+        (BF16, True, False),
+        (BF16, False, True),
+    ):
         config = Config(
             model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
             num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,
             rope_theta=1e6, tie_word_embeddings=True, dtype="bfloat16", eos_token_id=(),
         )  # fmt: skip
-        yield "decode_step", defines(config, kv_dtype, sampled)
+        yield "decode_step", defines(config, kv_dtype, sampled, many_keys)
 
 
-def defines(c: Config, kv_dtype: np.dtype, sampled: bool = False) -> launch.Defines:
-    """The constants that the kernel is compiled with. sampled: it chooses as `sample` does, not the arg-max."""
+def defines(c: Config, kv_dtype: np.dtype, sampled: bool = False, many_keys: bool = False) -> launch.Defines:
+    """The constants that the kernel is compiled with. sampled: it chooses as `sample` does, not the arg-max; many_keys: for
+    `MANY_KEYS` cached tokens or more."""
     sizes = {
         "LAYERS": c.num_hidden_layers, "HIDDEN": c.hidden_size, "HEADS": c.num_attention_heads,
         "KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim, "FFN": c.intermediate_size,
-        "QK_NORM": int(c.has_qk_norm), "QKV_BIAS": int(c.has_qkv_bias), "UNIT_HEADS": _unit_heads(c),
-        "SLOTS": _slots(c), "SAMPLED": int(sampled),
+        "QK_NORM": int(c.has_qk_norm), "QKV_BIAS": int(c.has_qkv_bias), "UNIT_HEADS": _unit_heads(c, many_keys),
+        "SLOTS": _slots(c, many_keys), "SAMPLED": int(sampled),
     }  # fmt: skip
     types = {"W_TYPE": "bf16", "KV_TYPE": cuda.STORAGE[kv_dtype]}
     return (*((name, str(value)) for name, value in sizes.items()), *types.items())
 
 
-def _unit_heads(c: Config) -> int:
-    """Query heads that one block computes together, as each reads the keys. Alone where a key head has two or fewer: more
-    blocks, 1 % faster with Qwen3-0.6B at short contexts, 1 % slower from 8,192 tokens on."""
+def _unit_heads(c: Config, many_keys: bool = False) -> int:
+    """Query heads that one block computes together, as each reads the keys. The two of a key head apart, which is more blocks,
+    where keys are few: Qwen3-0.6B on an H100, a token of 128, 4,096, 8,192, 32,768 cached ones: apart 501, 676, 885, 2,043 us,
+    together 512, 721, 875, 1,790."""
     group = c.num_attention_heads // c.num_key_value_heads
-    return 2 if group > 2 and group % 2 == 0 else 1
+    return 2 if group % 2 == 0 and (group > 2 or many_keys) else 1
 
 
-def _slots(c: Config) -> int:
+def _slots(c: Config, many_keys: bool = False) -> int:
     """Frames in the ring: thirteen, or what fits beside the rest into the 227 KB that a block can have."""
-    return min(SLOTS, (HOPPER_SHARED_BYTES - _own_bytes(c)) // (SLOT_BYTES + 16))
+    return min(SLOTS, (HOPPER_SHARED_BYTES - _own_bytes(c, many_keys)) // (SLOT_BYTES + 16))
 
 
-def _own_bytes(c: Config) -> int:
+def _own_bytes(c: Config, many_keys: bool) -> int:
     """Upper bound of the bytes of struct Shared but for the ring's barriers."""
-    heads, dim = _unit_heads(c), c.head_dim
+    heads, dim = _unit_heads(c, many_keys), c.head_dim
     floats = 32 + 2 * 64 * 12 + 2 * WARPS + WARPS * 96 + dim * (heads + 3) + WARPS * heads * dim + 2 * heads * WARPS
     return 4 * floats + 8 * c.num_hidden_layers * len(ARRAYS) + 16 * WARPS + 192
 
 
-def shared_bytes(c: Config) -> int:
+def shared_bytes(c: Config, many_keys: bool = False) -> int:
     """Dynamic shared memory of a block: the ring, its barriers, and struct Shared."""
-    return _slots(c) * (SLOT_BYTES + 16) + _own_bytes(c)
+    return _slots(c, many_keys) * (SLOT_BYTES + 16) + _own_bytes(c, many_keys)
 
 
 def obstacle(model: Qwen3) -> str | None:
@@ -146,8 +154,7 @@ class DecodeStep:
             raise ValueError(f"decode_step: {reason}")
         c, device = model.config, model.device
         self.grids = {sampled: (blocks(model, sampled),) for sampled in (False, True)}
-        self.constants = {sampled: defines(c, model.kv_dtype, sampled) for sampled in (False, True)}
-        self.shared_bytes = shared_bytes(c)
+        self.config, self.kv_dtype, self.shared_bytes = c, model.kv_dtype, shared_bytes(c)
         self.state, self.position = device.upload(np.zeros(2, np.int32)), device.empty((1,), np.int32)
         self.ids = self.state[:1]
         self.logits = device.empty((1, c.vocab_size), np.float32)
@@ -175,9 +182,12 @@ class DecodeStep:
         nothing = (None,) * 6, (np.int32(0),) * 4 + (np.float64(0),) * 7
         arrays, numbers = nothing if plan is None else (plan.arrays, plan.numbers)
         self.choice = (*arrays, uniforms, *numbers)
-        sampled = plan is not None
-        self.grid = self.grids[sampled]
-        self.function = launch.load_function("decode_step", "decode_step", self.constants[sampled])
+        self.sampled = plan is not None
+        self.grid = self.grids[self.sampled]
+        self.function = launch.load_function(*self._kernel(many_keys=False))
+
+    def _kernel(self, many_keys: bool) -> tuple[str, str, launch.Defines]:
+        return "decode_step", "decode_step", defines(self.config, self.kv_dtype, self.sampled, many_keys)
 
     def end_at(self, end_ids: Collection[int]) -> None:
         """After which tokens nothing follows; the first MAX_ENDS of them."""
@@ -193,16 +203,29 @@ class DecodeStep:
         frame_keys = SLOT_BYTES // 2 // (dim * array.dtype.itemsize)
         return launch.tensor_map(array.view(np.uint16).reshape(layers * rows, -1), frame_keys)
 
-    def __call__(self, count: int = 1, fresh: bool = True) -> None:
-        """Launch up to `count` steps on the current stream; with `fresh` also if the launch before has ENDED."""
+    def __call__(self, count: int = 1, fresh: bool = True, cached: int = 0) -> None:
+        """Launch up to `count` steps, the first with so many `cached` tokens, on the current stream; with `fresh` also if the
+        launch before has ENDED."""
+        few = min(count, max(0, MANY_KEYS - cached))
+        if few:
+            self._launch(self.function, few, fresh, self.shared_bytes)
+        if few < count:
+            self._launch(
+                launch.load_function(*self._kernel(many_keys=True)),
+                count - few,
+                fresh and not few,
+                shared_bytes(self.config, many_keys=True),
+            )
+
+    def _launch(self, function: Any, count: int, fresh: bool, shared_bytes: int) -> None:
         numbers = np.int32(len(self.end_ids)), np.int32(count), np.int32(fresh)
-        self.function(self.grid, (THREADS,), (*self.args, *numbers, *self.choice), self.shared_bytes)
+        function(self.grid, (THREADS,), (*self.args, *numbers, *self.choice), shared_bytes)
 
 
 def exchange_words(c: Config) -> int:
     """Words through which blocks exchange values, as the kernel lays them out."""
-    heads, width = _unit_heads(c), c.num_attention_heads * c.head_dim
-    shares = c.num_attention_heads // heads * MAX_SPLITS * (heads * c.head_dim + 2 * heads)
+    width = c.num_attention_heads * c.head_dim
+    shares = c.num_attention_heads * MAX_SPLITS * (c.head_dim + 2)
     projected = width + 2 * c.num_key_value_heads * c.head_dim
-    choice = 2 + 2 * MAX_BLOCKS + 2 * cuda.SAMPLE_GROUPS + c.vocab_size
+    choice = (CHOSEN_PITCH + 2) * MAX_BLOCKS + 2 * MAX_LOTS + c.vocab_size
     return 2 * c.hidden_size + projected + width + c.intermediate_size + shares + choice

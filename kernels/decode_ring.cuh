@@ -39,6 +39,7 @@ struct Ring {
     const volatile int* over;  // not 0: nobody will use what is still to come
     int slot = 0;
     unsigned parity = 0;
+    bool ended = false;  // no frame will be free any more
     int in_flight = 1;  // frames that may be on their way, and one more when the ring runs low
     __device__ void next() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
@@ -62,11 +63,11 @@ struct Ring {
         const int earlier = slot - frames + (wrapped ? SLOTS : 0);
         while (!mbarrier_try_wait(full + earlier, parity ^ unsigned(wrapped))) {}
     }
-    // The next frame, once it is free and may be sent for, with `bytes` announced; null if none will be free. The whole producer warp.
-    __device__ unsigned char* take(unsigned bytes) const {
-        bool free = false;
-        while (!free && !*over) free = mbarrier_try_wait(empty + slot, parity ^ 1);
-        if (!__all_sync(0xffffffffu, free)) return nullptr;
+    // The next frame, once it is free and may be sent for, with `bytes` announced; null if none will be free. The whole producer warp, whose lanes
+    // come to the same: nobody frees anything once `over` is seen.
+    __device__ unsigned char* take(unsigned bytes) {
+        while (!ended && !mbarrier_try_wait(empty + slot, parity ^ 1)) ended = *over && !mbarrier_test_wait(empty + slot, parity ^ 1);
+        if (ended) return nullptr;
         wait_for_landing(in_flight + runs_low());
         if (threadIdx.x % 32 == 0) mbarrier_arrive_expect(full + slot, bytes);
         __syncwarp();

@@ -61,11 +61,12 @@ static_assert(CH + 2 <= WARPS, "");
 
 enum Array { INPUT_NORM, Q_PROJ, K_PROJ, V_PROJ, Q_BIAS, K_BIAS, V_BIAS, Q_NORM, K_NORM, O_PROJ, POST_NORM, GATE, UP, DOWN, ARRAYS };
 
-// The words of each exchange. CHOSEN: the token and whether it is the last, BEST: each block's, or that it is done, TOPS: see take_tops.
-constexpr int MAX_BLOCKS = 1024, MAX_GROUPS = 2048;
+// The words of each exchange. CHOSEN: the token and whether it is the last, for each block in a line of its own, BEST: each block's, or that it is
+// done, TOPS: of lots.
+constexpr int MAX_BLOCKS = 1024, MAX_LOTS = 8192, CHOSEN_PITCH = 16;
 constexpr int AFTER_O = 0, AFTER_DOWN = AFTER_O + C, PROJECTED = AFTER_DOWN + C, ATTENDED = PROJECTED + QKV,
               ACTIVATION = ATTENDED + HD, SHARES = ACTIVATION + F, CHOSEN = SHARES + UNITS * MAX_SPLITS * (SHARE + 2 * CH),
-              BEST = CHOSEN + 2, TOPS = BEST + 2 * MAX_BLOCKS, LOGITS = TOPS + 2 * MAX_GROUPS;
+              BEST = CHOSEN + CHOSEN_PITCH * MAX_BLOCKS, TOPS = BEST + 2 * MAX_BLOCKS, LOGITS = TOPS + 2 * MAX_LOTS;
 
 __host__ __device__ constexpr int segments(int k) { return (k + SEGMENT - 1) / SEGMENT; }
 
@@ -103,7 +104,7 @@ struct Logits {
 
 
 #include "sample_draw.cuh"
-static_assert(CONSUMERS == sampling::THREADS && sizeof(sampling::Shared) <= SLOTS * SLOT, "");
+static_assert(CONSUMERS == sampling::THREADS && MAX_LOTS <= 4 * sampling::GROUPS && sizeof(sampling::Shared) <= SLOTS * SLOT, "");
 #endif
 
 struct Shared {
@@ -118,7 +119,6 @@ struct Shared {
     int position, left, lost, known, over;  // left: tokens, this one included; known: token and position exist; over: no token follows
     unsigned turn;
     int ends[32];
-    unsigned tops[PASS * ROWS / 32];
 #if SAMPLED
     sampling::Random random;
 #endif
@@ -305,7 +305,6 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
         fence_mbarrier_init();
         shared.lost = 0, shared.over = 0, shared.known = known, shared.position = first_position, shared.turn = first_turn, shared.left = count;
     }
-    if (t < PASS * ROWS / 32) shared.tops[t] = 0;
     if (t < 32) shared.ends[t] = t < n_ends ? ends[t] : NO_CHOICE;
     for (int i = t; i < L * ARRAYS; i += CONSUMERS + 32) shared.table[i] = addresses[i];
     const auto turn_by = [&](int p) {
@@ -313,7 +312,12 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
     };
     turn_by(known ? first_position : 0);
     __syncthreads();
-    const auto rows_of_head = [&] { return Deal(opaque(V), 0, SAMPLED ? 1 << shift : ROWS, gridDim.x); };
+#if SAMPLED
+    const bool lots = in_lots(tops, history, V);
+    const auto head_rows = [&] { return rows_of_head(opaque(V), lots, shift); };
+#else
+    const auto head_rows = [&] { return Deal(opaque(V), 0, ROWS); };
+#endif
     Ring ring{memory, shared.full, shared.empty, &shared.chosen, &shared.over};
     if (t >= CONSUMERS) {
 #pragma unroll 1
@@ -321,7 +325,7 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
             const int p = first_position + n;
             if (works()) produce_layers(ring, n, shared.table, (n ? p < S : known) ? p : 0, &key_map, &value_map, S);
             else ring.wait_for_choice(n);
-            produce_head(ring, lm_head, rows_of_head());
+            produce_head(ring, lm_head, head_rows());
         }
         for (int frames = 1; frames <= SLOTS; frames++) ring.wait_for_landing(frames);  // not in a block that has ended
         return;
@@ -347,11 +351,11 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
         const int halted = blockIdx.x == 0 && t == 0 ? load_host(halt) : 0;  // some microseconds before it is looked at
 #endif
         {  // norm, logits
-            const Deal head = rows_of_head();
+            const Deal head = head_rows();
             Vector<C> x;
             const float* squares = me.share_squares(0, me.read<C>(x, norm, words + AFTER_DOWN, tag));
             me.barrier();  // now this block has heard of everybody's new keys and values
-            if (t == 0 && !token.is_last) __threadfence();
+            if (!token.is_last) __threadfence();
             if (!token.is_last && token.position + 1 < S) turn_by(token.position + 1);
             if (t == CONSUMERS - 1) shared.known = token.position + 1 < S;
             me.multiply<C>(x, head.size(), [&](int first, int rows, const float* part) {
@@ -361,7 +365,7 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
                 if (t < rows) logits[r] = logit = sum_warps(part + t * PITCH) * inverse_rms(squares, eps);
 #if SAMPLED
                 if (t < rows) publish(words + LOGITS + r, logit, tag);
-                if (by_tops(tops, history)) take_tops(shared.tops + t / 32, shift, n_ids, words, tag, head.first + first, rows, head.last, logit);
+                if (lots) publish_lot(words, first / LOT, tag, t < rows && r < n_ids, logit);
 #else
                 if (t < rows && r < n_ids) best = max(best, rank(logit, r));
 #endif
@@ -369,7 +373,7 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
         }
         if (me.patience.lost) shared.lost = 1;
 #if SAMPLED
-        const Chosen chosen = choose_token(shared, me.patience, inputs(tag), rows_of_head(), words);
+        const Chosen chosen = choose_token(shared, me.patience, inputs(tag), V, words);
 #else
         const Chosen chosen = choose_token(me, best, words, tag, halted);
 #endif

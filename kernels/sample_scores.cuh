@@ -31,7 +31,10 @@ struct Job {
 // Of the block that chooses.
 struct Shared {
     Job job;
-    double sums[GROUPS], scales[GROUPS];  // of groups: of weights; weight of the largest
+    union {
+        struct { double sums[GROUPS], scales[GROUPS]; };  // of groups: of weights; weight of the largest
+        unsigned lots[4 * GROUPS];                        // ranks; of decode_step.cu
+    };
     unsigned tops[GROUPS];                // of groups: rank of the largest
     unsigned short active[GROUPS];        // groups to gather from
     u64 keys[LIST];                       // the list, in no order

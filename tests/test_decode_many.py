@@ -53,8 +53,10 @@ def test_many_steps_are_single_ones(start, tmp_path, name, blocks, kv):  # noqa:
 
 
 @pytest.mark.parametrize("heads,blocks,cached", [(2, 8, 190), (1, 16, 380)])
-def test_many_steps_while_the_split_of_the_keys_changes(start, tmp_path, heads, blocks, cached):  # noqa: F811
-    """At 193 keys two blocks share a head's, at 385 four: also in the middle of a launch."""
+def test_many_steps_while_the_split_of_the_keys_changes(start, tmp_path, heads, blocks, cached, monkeypatch):  # noqa: F811
+    """At 193 keys two blocks share a head's, at 385 four, and from 195 on two heads are computed together: also in the middle
+    of a launch."""
+    monkeypatch.setattr(decode_step, "MANY_KEYS", 195)
     spec = Spec("long", heads, 1, 64, 128, 192, 264, num_hidden_layers=2, k_gains="ordinary")
     network = load(write(tmp_path, spec), start(blocks, one_order=True), BF16)
     rng = np.random.default_rng(cached)
@@ -68,28 +70,54 @@ def test_many_steps_while_the_split_of_the_keys_changes(start, tmp_path, heads, 
             put(array, filled)
         steps.append(DecodeStep(network, cache, 264))
         begin(steps[-1], 7, cached)
-    for _ in range(8):
-        steps[0]()
-    steps[1](8)
+    for more in range(8):
+        steps[0](cached=cached + more)
+    steps[1](8, cached=cached)
     launch.wait()
     assert np.array_equal(steps[0].tokens, steps[1].tokens)
     assert np.array_equal(host(steps[0].logits), host(steps[1].logits)) and np.isfinite(host(steps[0].logits)).all()
 
 
-@pytest.mark.parametrize("sampling,n_ids", [*((each, 500) for each in SETTINGS), (SETTINGS[2], 400)], ids=str)
-def test_a_launch_chooses_as_the_sampler_does(start, tmp_path, sampling, n_ids, monkeypatch):  # noqa: F811
-    """Tokens of one launch against those of single steps with `sample` after each; twice, as a second answer begins anew.
-    With 400 ids the second half of the last group's logits is nobody's."""
-    spec = Spec("sampled", 2, 1, 64, 128, 192, 520, num_hidden_layers=1)
-    network = load(write(tmp_path, spec), start(3, one_order=True), BF16)
-    monkeypatch.setattr(decode, "BATCH", 5)
-    prompt, count = np.array([5, 300, 5, 9], np.int32), 12
+def test_an_answer_grows_to_many_keys(start, tmp_path, monkeypatch):  # noqa: F811
+    """The kernel for them is asked for when they are there, and the tokens are those of the other."""
+    network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5, one_order=True), F32)
+    prompt, answers, kernels = np.array([5, 200, 9], np.int32), [], []
+    real = launch.load_function
+
+    def load_function(file, entry, defines=()):
+        if file == "decode_step":
+            kernels[-1].append(dict(defines)["UNIT_HEADS"])
+        return real(file, entry, defines)
+
+    monkeypatch.setattr(launch, "load_function", load_function)
+    for many_keys in (1000, 9):
+        monkeypatch.setattr(decode_step, "MANY_KEYS", many_keys)
+        kernels.append([])
+        cache = network.new_cache(40)
+        logits = network.read(prompt, cache)
+        decoder = Decoder(network, cache, Choice(network, Sampling(), prompt, 256, 30))
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "BATCH", 4)
+            answers.append([token for token, _ in decoder.answer(logits, 20)])
+        following = host(decoder.step(decoder.ids))
+        answers[-1].append(int(np.argmax(following[0, :256])))
+    assert answers[0] == answers[1]
+    assert "2" not in kernels[0] and kernels[1].count("2") >= 4
+
+
+def answers_by(start, folder, vocabulary, sampling, n_ids, count, monkeypatch, change=lambda network: None):  # noqa: F811
+    """Two by single steps with `sample` after each, and two by launches of several tokens: a second answer begins anew."""
+    spec = Spec("sampled", 2, 1, 64, 128, 192, vocabulary, num_hidden_layers=1)
+    network = load(write(folder, spec), start(3, one_order=True), BF16)
+    change(network)
+    prompt = np.array([5, 300, 5, 9], np.int32)
     answers = []
     for by_itself in (False, True):
         cache = network.new_cache(32)
         logits = network.read(prompt, cache)
         choice = Choice(network, sampling, prompt, n_ids, count)
         with monkeypatch.context() as patch:
+            patch.setattr(decode, "BATCH", 5)
             if not by_itself:
                 patch.setattr(Decoder, "goes_on", False)
             decoder = Decoder(network, cache, choice)
@@ -100,6 +128,31 @@ def test_a_launch_chooses_as_the_sampler_does(start, tmp_path, sampling, n_ids, 
                 assert cache.length == len(prompt) + count - 1
                 assert choice.restart(sampling, prompt, count)
     assert len(answers[0]) == count and max(answers[0]) < n_ids
+    return answers
+
+
+@pytest.mark.parametrize("sampling,n_ids", [*((each, 500) for each in SETTINGS), (SETTINGS[2], 400)], ids=str)
+def test_a_launch_chooses_as_the_sampler_does(start, tmp_path, sampling, n_ids, monkeypatch):  # noqa: F811
+    """With 400 ids the second half of the last group's logits is nobody's."""
+    answers = answers_by(start, tmp_path, 520, sampling, n_ids, 12, monkeypatch)
+    assert answers == answers[:1] * 4
+
+
+@pytest.mark.parametrize("logits", ["random", "equal", "some equal"])
+@pytest.mark.parametrize("sampling", [SETTINGS[1], Sampling(temperature=3.0, top_k=40, min_p=0.01, seed=9)], ids=str)
+def test_a_launch_chooses_among_many(start, tmp_path, sampling, logits, monkeypatch):  # noqa: F811
+    """Lots that are looked at while the head goes on, and those of its end; with equal logits more than a list holds."""
+
+    def change(network):
+        rows = host(network.weights.lm_head).copy()
+        if logits == "equal":
+            rows[:] = 0
+        elif logits == "some equal":
+            rows[rng.choice(len(rows), 1000, replace=False)] = rows[7]
+        put(network.weights.lm_head, rows)
+
+    rng = np.random.default_rng(8)
+    answers = answers_by(start, tmp_path, 6144, sampling, 6100, 4, monkeypatch, change)
     assert answers == answers[:1] * 4
 
 

@@ -1,0 +1,198 @@
+// The choice of the next token in decode_step.cu as sample.cu makes it, in the terms of both: by the last block, which has no part in the layers.
+#pragma once
+
+// Where top_k comes first and nothing is penalised, that block follows the head while the others compute it: of each lot, the rows of a pass of
+// a block, two warps publish the ranks of their largest; from all but the LATE last passes it knows what the k best logits cannot be below,
+// and fetches all of them; when the head ends, it looks for what has come since. All else takes another look at the logits, and fences.
+constexpr int LOT = PASS * ROWS;  // rows at most
+constexpr int LATE = 2;           // passes; 5 us each with 0.6B on an H100, and what the chooser has to do before them takes 6
+
+__device__ __forceinline__ int passes_of_head(int V) {
+    const int units = (V + ROWS - 1) / ROWS;
+    return ((units + int(workers()) - 1) / int(workers()) * ROWS + LOT - 1) / LOT;
+}
+__device__ __forceinline__ bool in_lots(const unsigned* tops, const int* history, int V) {
+    return tops && !history && passes_of_head(V) * int(workers()) <= MAX_LOTS;
+}
+
+// Rows of the head that a block has: in lots the last one has none.
+__device__ __forceinline__ Deal rows_of_head(int V, bool lots, int shift) {
+    if (lots) return Deal(works() ? V : 0, 0, ROWS);
+    return Deal(V, 0, 1 << shift, gridDim.x);  // whole groups of sample.cu
+}
+
+// Lot n is that of pass n / workers() of block n % workers().
+struct Lot {
+    int first, last;
+    __device__ Lot(int V, int n) {
+        const unsigned block = n % workers();
+        const Deal rows(V, block - blockIdx.x, ROWS);
+        first = rows.first + n / int(workers()) * LOT, last = min(rows.last, first + LOT);
+    }
+};
+
+// By thread t, the first two warps, its row of the lot that this block has just computed.
+__device__ __forceinline__ void publish_lot(u64* words, int pass, unsigned tag, bool there, float logit) {
+    const unsigned top = __reduce_max_sync(0xffffffffu, there ? sampling::rank_of(logit) : 0);
+    if (threadIdx.x % 32 == 0)
+        store_relaxed(words + TOPS + 2 * (pass * workers() + blockIdx.x) + threadIdx.x / 32, (u64)tag << 32 | top);
+}
+
+// The ranks of the largest of lots n, n + THREADS, .., 0 from `end` on and where there is none. Waits for them.
+template <int N> __device__ __forceinline__ void read_lots(const u64* words, int V, int n, int end, unsigned tag, unsigned (&top)[N], Patience& patience) {
+    bool there[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        const Lot lot(V, n + j * CONSUMERS);
+        there[j] = n + j * CONSUMERS < end && lot.first < lot.last;
+    }
+#pragma unroll 1
+    for (unsigned tries = 0;; tries++) {
+        bool ready = true;
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            u64 a = (u64)tag << 32, b = a;
+            if (there[j]) load_relaxed2(words + TOPS + 2 * (n + j * CONSUMERS), a, b);
+            ready &= unsigned(a >> 32) == tag && unsigned(b >> 32) == tag;
+            top[j] = max(unsigned(a), unsigned(b));
+        }
+        if (ready || (tries % 256 == 255 && patience.over())) return;
+    }
+}
+
+// Adds the tokens of lots s.active[first..last) with a rank from `rank` on to the list, in any order.
+__device__ __noinline__ void gather_lots(sampling::Shared& s, int V, unsigned rank, int first, int last) {
+    constexpr int TOGETHER = 4, LOADS = LOT / 32;  // lots whose loads are on their way at once, of a warp
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const float least = sampling::value_of_rank(rank);
+#pragma unroll 1
+    for (int a = first + warp; a < last; a += TOGETHER * WARPS) {
+        int ids[TOGETHER * LOADS];
+        float logit[TOGETHER * LOADS];
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            const bool there = a + j * WARPS < last;
+            const Lot lot(V, there ? s.active[a + j * WARPS] : 0);
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) {
+                const int id = lot.first + 32 * i + lane;
+                ids[j * LOADS + i] = there && id < lot.last ? id : s.job.N;
+            }
+        }
+        s.job.logits.get(ids, s.job.N, logit);
+#pragma unroll
+        for (int j = 0; j < TOGETHER * LOADS; j++) {
+            if (logit[j] < least) continue;  // NaN is not
+            const int place = atomicAdd(&s.count, 1);
+            if (place < sampling::LIST) s.ids[place] = ids[j], s.keys[place] = sampling::key_of_logit(logit[j], 0, s.job.set);
+        }
+    }
+}
+
+// The token, or NO_CHOICE; `lost` if a block that computed logits gave up, or this one does.
+__device__ __noinline__ int choose_from_lots(sampling::Shared& s, const sampling::Inputs& in, const sampling::Random& random, int V, const u64* words,
+                                             int* lost, Patience patience) {
+    const int t = threadIdx.x, blocks = workers(), passes = passes_of_head(V), all = passes * blocks, early = max(1, passes - LATE) * blocks;
+    const unsigned tag = in.logits.tag;
+    if (t == 32) s.job = {in.set, in.logits, nullptr, nullptr, 0, 0.0, 0.0, in.N, in.shift, in.groups()};
+    if (t == 0) s.groups = s.threshold = s.count = 0;
+#pragma unroll 1
+    for (int i = t; i < in.segments; i += CONSUMERS) s.segments[i] = 0;
+    block_barrier();
+#pragma unroll 1
+    for (int n = t; n < early; n += CONSUMERS) {
+        unsigned top[1];
+        read_lots(words, V, n, early, tag, top, patience);
+        s.lots[n] = top[0];
+        if (top[0]) atomicMax(s.segments + (n & (in.segments - 1)), top[0]);
+    }
+    block_barrier();
+    const unsigned rank = max(sampling::rank_of(-sampling::LARGEST_FLOAT), threshold_of_top_k(s, in.segments));
+    const auto mark = [&](int n, unsigned top) {
+        if (top < rank) return;
+        const int place = atomicAdd(&s.groups, 1);
+        if (place < sampling::GROUPS) s.active[place] = n;
+    };
+#pragma unroll 1
+    for (int n = t; n < early; n += CONSUMERS) mark(n, s.lots[n]);
+    block_barrier();
+    const int before = min(s.groups, sampling::GROUPS);
+    gather_lots(s, V, rank, 0, before);
+    block_barrier();  // s.groups has been read
+
+#pragma unroll 1
+    for (int n = early + t; n < all; n += 2 * CONSUMERS) {
+        unsigned top[2];
+        read_lots(words, V, n, all, tag, top, patience);
+        mark(n, top[0]), mark(n + CONSUMERS, top[1]);
+    }
+#pragma unroll 1
+    for (int b = t; b < blocks; b += CONSUMERS)
+        if (__float_as_uint(read_word(words + BEST + 2 * b, tag, patience))) *lost = 1;
+    if (patience.lost) *lost = 1;
+    block_barrier();
+    if (*lost) return NO_CHOICE;
+    gather_lots(s, V, rank, before, min(s.groups, sampling::GROUPS));
+    block_barrier();
+    const int n = s.groups > sampling::GROUPS ? sampling::LIST + 1 : s.count;
+    int token = NO_CHOICE;
+    if (random.allowed && n > 0) {
+        if (n <= sampling::SHORT) token = draw_from_short_list(s, n, 0.0, random.share);
+        else {
+#pragma unroll 1
+            for (int g = t; g < s.job.G; g += CONSUMERS) s.tops[g] = sampling::ALL;  // any group may have any rank
+            if (t == 0) s.groups = 0;
+            block_barrier();
+            token = draw_from_all(s, n, rank, 0.0, random.share);
+        }
+    }
+    if (t == 0 && token >= 0) *in.step = random.now + 1;
+    return token;
+}
+
+// Chooses in the memory of its ring, which is empty then.
+__device__ __noinline__ Chosen choose_token(Shared& shared, Patience patience, const sampling::Inputs& in, int V, u64* words) {
+    const unsigned tag = in.logits.tag;
+    const int t = threadIdx.x;
+    const bool lots = in_lots(in.tops, in.history, V);
+    block_barrier();  // the block's logits are there
+    if (!lots) {
+        const Deal head = rows_of_head(V, lots, in.shift);
+#pragma unroll 1
+        for (int g = (head.first >> in.shift) + t / 32; g << in.shift < min(head.last, in.N); g += WARPS) look_at_group(in, g);
+        block_barrier();
+        if (t == 0) __threadfence();
+    }
+    if (t == 0) store_relaxed(words + BEST + 2 * blockIdx.x, (u64)tag << 32 | shared.lost);
+    if (!works()) {
+        sampling::Shared& s = *reinterpret_cast<sampling::Shared*>(reinterpret_cast<unsigned char*>(&shared) - SLOTS * SLOT);
+        int token = NO_CHOICE;
+        if (lots) token = choose_from_lots(s, in, shared.random, V, words, &shared.lost, patience);
+        else {
+#pragma unroll 1
+            for (int b = t; b < int(gridDim.x); b += CONSUMERS)
+                if (__float_as_uint(read_word(words + BEST + 2 * b, tag, patience)) || patience.lost) shared.lost = 1;
+            __threadfence();
+            block_barrier();
+            unsigned top[sampling::GROUPS / sampling::THREADS];
+            load_tops(in, top);
+            if (!shared.lost) token = choose(s, in, shared.random, top);
+            if (in.history) {
+                if (t == 0) __threadfence();  // all will look at it
+                block_barrier();
+            }
+        }
+        const u64 state = (u64)tag << 32 | unsigned(shared.lost ? LOST : shared.halted ? ENDED : 0);
+#pragma unroll 1
+        for (int b = t; b < int(gridDim.x); b += CONSUMERS) store_relaxed2(words + CHOSEN + b * CHOSEN_PITCH, (u64)tag << 32 | unsigned(token), state);
+        fence_proxy_async();
+    }
+    const u64* const pair[1] = {words + CHOSEN + blockIdx.x * CHOSEN_PITCH};
+    float both[1][2];
+    read_pairs<1>(pair, tag, both, patience);
+    if (in.history) __threadfence();
+    if (patience.lost) shared.lost = 1;
+    block_barrier();
+    const unsigned state = __float_as_uint(both[0][1]);
+    return {int(__float_as_uint(both[0][0])), shared.lost || state == LOST, state == ENDED};
+}
