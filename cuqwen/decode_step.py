@@ -112,10 +112,8 @@ def obstacle(model: Qwen3) -> str | None:
 
 
 def can_sample(model: Qwen3) -> bool:
-    """Whether the kernel can also choose as `sample` does: in the ring's memory, in a block that has no part in the layers."""
-    c = model.config
-    fits = _slots(c) * SLOT_BYTES >= cuda.SAMPLE_SHARED_BYTES
-    return fits and blocks(model, sampled=True) > _least_blocks(c)
+    """Whether the kernel can also choose as `sample` does, in the ring's memory."""
+    return _slots(model.config, many_keys=True) * SLOT_BYTES >= cuda.SAMPLE_SHARED_BYTES
 
 
 def _least_blocks(c: Config) -> int:
@@ -123,17 +121,14 @@ def _least_blocks(c: Config) -> int:
     return max(c.num_attention_heads // _unit_heads(c), -(-c.hidden_size // 64))
 
 
-def blocks(model: Qwen3, sampled: bool = False) -> int:
-    """Blocks that the step is launched with: all that the GPU runs at once, as long as each has rows of every matrix; if
-    `sampled` the last one has no part in the layers."""
+def blocks(model: Qwen3) -> int:
+    """Blocks that the step is launched with: all that the GPU runs at once, as long as each has rows of every matrix."""
     c = model.config
     resident = launch.resident_blocks(
         "decode_step", "decode_step", defines(c, model.kv_dtype), THREADS, shared_bytes(c)
     )
     heads = c.num_attention_heads + 2 * c.num_key_value_heads
-    return min(
-        resident, MAX_BLOCKS, min(c.hidden_size // 4, c.intermediate_size // 4, heads * c.head_dim // 8) + sampled
-    )
+    return min(resident, MAX_BLOCKS, c.hidden_size // 4, c.intermediate_size // 4, heads * c.head_dim // 8)
 
 
 class DecodeStep:
@@ -153,7 +148,7 @@ class DecodeStep:
         if reason := obstacle(model):
             raise ValueError(f"decode_step: {reason}")
         c, device = model.config, model.device
-        self.grids = {sampled: (blocks(model, sampled),) for sampled in (False, True)}
+        self.grid = (blocks(model),)
         self.config, self.kv_dtype, self.shared_bytes = c, model.kv_dtype, shared_bytes(c)
         self.state, self.position = device.upload(np.zeros(2, np.int32)), device.empty((1,), np.int32)
         self.ids = self.state[:1]
@@ -183,7 +178,6 @@ class DecodeStep:
         arrays, numbers = nothing if plan is None else (plan.arrays, plan.numbers)
         self.choice = (*arrays, uniforms, *numbers)
         self.sampled = plan is not None
-        self.grid = self.grids[self.sampled]
         self.function = launch.load_function(*self._kernel(many_keys=False))
 
     def _kernel(self, many_keys: bool) -> tuple[str, str, launch.Defines]:

@@ -2,16 +2,15 @@
 // through which the producer warp streams them.
 #pragma once
 
-// Blocks that have a share of the layers: all, or all but the last one, which then chooses the tokens.
-__device__ __forceinline__ unsigned workers() { return gridDim.x - SAMPLED; }
-__device__ __forceinline__ bool works() { return blockIdx.x < workers(); }
+// Whether this block chooses the tokens for all, in the memory of its ring.
+__device__ __forceinline__ bool chooses() { return SAMPLED && blockIdx.x == gridDim.x - 1; }
 
-// Rows `first` to `last` - 1 of a matrix, dealt out evenly to `blocks` blocks in pieces of `unit` of them: of 4 where whole tiles of 8 would
-// come out unevenly (2,560 rows over 132 blocks: 24 instead of 20 the most). The layer turns the deal so that no block has the longer end in each.
+// Rows `first` to `last` - 1 of a matrix, dealt out evenly in pieces of `unit` of them: of 4 where whole tiles of 8 would come out unevenly
+// (2,560 rows over 132 blocks: 24 instead of 20 the most). The layer turns the deal so that no block has the longer end in each.
 struct Deal {
     int first, last;
-    __device__ Deal(int rows, unsigned turn, int unit, unsigned blocks = workers()) {
-        const unsigned b = (blockIdx.x + turn) % blocks, units = (rows + unit - 1) / unit;
+    __device__ Deal(int rows, unsigned turn, int unit) {
+        const unsigned blocks = gridDim.x, b = (blockIdx.x + turn) % blocks, units = (rows + unit - 1) / unit;
         first = min(rows, int(b * units / blocks * unit)), last = min(rows, int((b + 1) * units / blocks * unit));
     }
     __device__ int size() const { return last - first; }
@@ -22,7 +21,7 @@ struct Share {
     int shift, unit, split, first, last;
     __device__ explicit Share(int cached) {
         shift = 0;  // 2^shift blocks share them, each with SPLIT_KEYS or more
-        while (2 << shift <= MAX_SPLITS && (2 << shift) * UNITS <= int(workers()) && 2 * SPLIT_KEYS << shift < cached) shift++;
+        while (2 << shift <= MAX_SPLITS && (2 << shift) * UNITS <= int(gridDim.x) && 2 * SPLIT_KEYS << shift < cached) shift++;
         unit = blockIdx.x % UNITS, split = blockIdx.x / UNITS;
         const int each = (cached + (1 << shift) - 1) >> shift;
         first = min(cached, split * each), last = min(cached, first + each);
@@ -80,10 +79,11 @@ struct Ring {
 // 1,462, 1,183, 1,198, 1,246; 8B, 178 frames, -, 5,296, 5,142, 5,210.
 __device__ __forceinline__ int in_flight(const Share& keys) {
     constexpr long long LAYER = 1ll * QKV * C + HD * C + 3ll * F * C;
-    const int frames = int(LAYER / (ROWS * SEGMENT) / workers()) + keys.frames();
+    const int frames = int(LAYER / (ROWS * SEGMENT) / gridDim.x) + keys.frames();
     return frames < 20 ? 1 : frames < 70 ? 2 : 3;
 }
-constexpr int HEAD_IN_FLIGHT = 4;  // nobody waits for words there
+// Nobody waits for words there. The block that chooses takes more, so that it has its rows early and can look at those of the others.
+constexpr int HEAD_IN_FLIGHT = 4, CHOOSER_IN_FLIGHT = SLOTS - 2;
 
 // `count` rows of a matrix, up to 8, segment after segment, into the ring. The whole producer warp.
 template <int COLUMNS> __device__ __forceinline__ void produce(Ring& ring, const W_TYPE* rows, int count = ROWS) {
@@ -147,7 +147,7 @@ __device__ __forceinline__ void produce_layers(Ring& ring, int n, const u64* tab
 }
 
 __device__ __forceinline__ void produce_head(Ring& ring, const W_TYPE* lm_head, const Deal& head) {
-    ring.in_flight = HEAD_IN_FLIGHT;
+    ring.in_flight = chooses() ? CHOOSER_IN_FLIGHT : HEAD_IN_FLIGHT;
 #pragma unroll 1
     for (int r = head.first; r < head.last; r += ROWS) produce<C>(ring, lm_head + (size_t)r * C);
 }

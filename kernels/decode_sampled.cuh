@@ -1,33 +1,26 @@
-// The choice of the next token in decode_step.cu as sample.cu makes it, in the terms of both: by the last block, which has no part in the layers.
+// The choice of the next token in decode_step.cu as sample.cu makes it, in the terms of both, by the last block.
 #pragma once
 
 // Where top_k comes first and nothing is penalised, that block follows the head while the others compute it: of each lot, the rows of a pass of
 // a block, two warps publish the ranks of their largest; from all but the LATE last passes it knows what the k best logits cannot be below,
 // and fetches all of them; when the head ends, it looks for what has come since. All else takes another look at the logits, and fences.
 constexpr int LOT = PASS * ROWS;  // rows at most
-constexpr int LATE = 2;           // passes; 5 us each with 0.6B on an H100, and what the chooser has to do before them takes 6
+constexpr int LATE = 4;           // passes; 5 us each with 0.6B on an H100, and what is done before them takes 15 to 20
 
 __device__ __forceinline__ int passes_of_head(int V) {
-    const int units = (V + ROWS - 1) / ROWS;
-    return ((units + int(workers()) - 1) / int(workers()) * ROWS + LOT - 1) / LOT;
+    const int units = (V + ROWS - 1) / ROWS, blocks = gridDim.x;
+    return ((units + blocks - 1) / blocks * ROWS + LOT - 1) / LOT;
 }
 __device__ __forceinline__ bool in_lots(const unsigned* tops, const int* history, int V) {
-    return tops && !history && passes_of_head(V) * int(workers()) <= MAX_LOTS;
+    return tops && !history && passes_of_head(V) * int(gridDim.x) <= MAX_LOTS;
 }
 
-// Rows of the head that a block has: in lots the last one has none.
-__device__ __forceinline__ Deal rows_of_head(int V, bool lots, int shift) {
-    if (lots) return Deal(works() ? V : 0, 0, ROWS);
-    return Deal(V, 0, 1 << shift, gridDim.x);  // whole groups of sample.cu
-}
-
-// Lot n is that of pass n / workers() of block n % workers().
+// Lot n is that of pass n / gridDim.x of block n % gridDim.x.
 struct Lot {
     int first, last;
-    __device__ Lot(int V, int n) {
-        const unsigned block = n % workers();
-        const Deal rows(V, block - blockIdx.x, ROWS);
-        first = rows.first + n / int(workers()) * LOT, last = min(rows.last, first + LOT);
+    __device__ Lot(int V, unsigned n) {
+        const Deal rows(V, n % gridDim.x - blockIdx.x, ROWS);
+        first = rows.first + n / gridDim.x * LOT, last = min(rows.last, first + LOT);
     }
 };
 
@@ -35,7 +28,7 @@ struct Lot {
 __device__ __forceinline__ void publish_lot(u64* words, int pass, unsigned tag, bool there, float logit) {
     const unsigned top = __reduce_max_sync(0xffffffffu, there ? sampling::rank_of(logit) : 0);
     if (threadIdx.x % 32 == 0)
-        store_relaxed(words + TOPS + 2 * (pass * workers() + blockIdx.x) + threadIdx.x / 32, (u64)tag << 32 | top);
+        store_relaxed(words + TOPS + 2 * (pass * gridDim.x + blockIdx.x) + threadIdx.x / 32, (u64)tag << 32 | top);
 }
 
 // The ranks of the largest of lots n, n + THREADS, .., 0 from `end` on and where there is none. Waits for them.
@@ -59,6 +52,8 @@ template <int N> __device__ __forceinline__ void read_lots(const u64* words, int
         if (ready || (tries % 256 == 255 && patience.over())) return;
     }
 }
+
+static_assert(sampling::GROUPS > sampling::LIST, "");
 
 // Adds the tokens of lots s.active[first..last) with a rank from `rank` on to the list, in any order.
 __device__ __noinline__ void gather_lots(sampling::Shared& s, int V, unsigned rank, int first, int last) {
@@ -92,7 +87,7 @@ __device__ __noinline__ void gather_lots(sampling::Shared& s, int V, unsigned ra
 // The token, or NO_CHOICE; `lost` if a block that computed logits gave up, or this one does.
 __device__ __noinline__ int choose_from_lots(sampling::Shared& s, const sampling::Inputs& in, const sampling::Random& random, int V, const u64* words,
                                              int* lost, Patience patience) {
-    const int t = threadIdx.x, blocks = workers(), passes = passes_of_head(V), all = passes * blocks, early = max(1, passes - LATE) * blocks;
+    const int t = threadIdx.x, blocks = gridDim.x, passes = passes_of_head(V), all = passes * blocks, early = max(1, passes - LATE) * blocks;
     const unsigned tag = in.logits.tag;
     if (t == 32) s.job = {in.set, in.logits, nullptr, nullptr, 0, 0.0, 0.0, in.N, in.shift, in.groups()};
     if (t == 0) s.groups = s.threshold = s.count = 0;
@@ -119,6 +114,8 @@ __device__ __noinline__ int choose_from_lots(sampling::Shared& s, const sampling
     const int before = min(s.groups, sampling::GROUPS);
     gather_lots(s, V, rank, 0, before);
     block_barrier();  // s.groups has been read
+    // A rehearsal, which brings the instructions: a layer's have pushed them out of the caches.
+    if (s.count > 0 && s.count <= sampling::SHORT) draw_from_short_list(s, s.count, 0.0, random.share);
 
 #pragma unroll 1
     for (int n = early + t; n < all; n += 2 * CONSUMERS) {
@@ -134,7 +131,7 @@ __device__ __noinline__ int choose_from_lots(sampling::Shared& s, const sampling
     if (*lost) return NO_CHOICE;
     gather_lots(s, V, rank, before, min(s.groups, sampling::GROUPS));
     block_barrier();
-    const int n = s.groups > sampling::GROUPS ? sampling::LIST + 1 : s.count;
+    const int n = s.count;  // more than a list holds if s.active could not hold all lots
     int token = NO_CHOICE;
     if (random.allowed && n > 0) {
         if (n <= sampling::SHORT) token = draw_from_short_list(s, n, 0.0, random.share);
@@ -154,17 +151,17 @@ __device__ __noinline__ int choose_from_lots(sampling::Shared& s, const sampling
 __device__ __noinline__ Chosen choose_token(Shared& shared, Patience patience, const sampling::Inputs& in, int V, u64* words) {
     const unsigned tag = in.logits.tag;
     const int t = threadIdx.x;
-    const bool lots = in_lots(in.tops, in.history, V);
+    const bool lots = shared.lots;
     block_barrier();  // the block's logits are there
     if (!lots) {
-        const Deal head = rows_of_head(V, lots, in.shift);
+        const Deal head = shared.head;
 #pragma unroll 1
         for (int g = (head.first >> in.shift) + t / 32; g << in.shift < min(head.last, in.N); g += WARPS) look_at_group(in, g);
         block_barrier();
         if (t == 0) __threadfence();
     }
     if (t == 0) store_relaxed(words + BEST + 2 * blockIdx.x, (u64)tag << 32 | shared.lost);
-    if (!works()) {
+    if (chooses()) {
         sampling::Shared& s = *reinterpret_cast<sampling::Shared*>(reinterpret_cast<unsigned char*>(&shared) - SLOTS * SLOT);
         int token = NO_CHOICE;
         if (lots) token = choose_from_lots(s, in, shared.random, V, words, &shared.lost, patience);

@@ -32,17 +32,17 @@
 // Exchange     between blocks by words {float32 value, tag}: a reader polls the very word that it needs, and no
 //              counter or barrier of the grid exists. Five exchanges a layer (vector, qkv, attention, vector, activation), one
 //              more where a head's keys are shared out, one for the choice. A word is written again only after everybody has passed it:
-//              each block with a part in the layers publishes in each exchange of the vector, each block in that of the choice, and all wait for
-//              all of them. Fences: one a token, before the last exchange of the vector, for the new keys and values, which others' bulk copies
-//              read for the next token, and those of decode_choice.cuh.
+//              each block publishes in each exchange of the vector and in that of the choice, and all wait for all of them. Fences: one a
+//              token, before the last exchange of the vector, for the new keys and values, which others' bulk copies read for the next
+//              token, and those of decode_sampled.cuh.
 // Choice       arg-max: every block publishes its best and finds the best of all. SAMPLED: every block looks at the groups of logits that it
-//              has computed, and the last block, which has no part in the layers, chooses.
+//              has computed, and the last block chooses (decode_sampled.cuh).
 // Precision    as the operations: float32 everywhere, one rounding where k and v are stored. A float32 factor of a product is the
 //              exact sum of three bf16 parts, each multiplied on the tensor cores; the parts are rows of one fragment.
 // Error bound  that of the operations
 // Traffic      a token: all weights once and 2 L p K D sizeof(KV_TYPE) bytes of cache
 // Determinism  fixed order of summation; the split of the keys follows from p, and nothing from timing but after how many tokens `halt` ends
-// Limits       UNITS = H / UNIT_HEADS <= W <= C / 4 <= 16 W, where W is gridDim.x, less 1 if SAMPLED. A block that waits longer than 2 s goes on with what it has.
+// Limits       UNITS = H / UNIT_HEADS <= W <= C / 4 <= 16 W, where W is gridDim.x. A block that waits longer than 2 s goes on with what it has.
 //              Finite weights: an infinite one gives NaN, as do values above 3.39e38
 // Wrapper decode_step.DecodeStep · truth the operations · test tests/test_decode_step.py, test_decode_many.py · benchmark benchmarks/decode.py
 #include "common.cuh"
@@ -119,7 +119,9 @@ struct Shared {
     int position, left, lost, known, over;  // left: tokens, this one included; known: token and position exist; over: no token follows
     unsigned turn;
     int ends[32];
+    Deal head;  // its rows
 #if SAMPLED
+    int lots;
     sampling::Random random;
 #endif
     unsigned halted;
@@ -226,7 +228,7 @@ __device__ __forceinline__ void run_layers(Consumer& me, const Token& token, con
     const int t = threadIdx.x, p = token.known ? token.position : 0;
     const W_TYPE* embedded = embed + (size_t)(token.known ? token.id : 0) * C;
 #pragma unroll 1
-    for (int l = 0; l < L; l++) {
+    for (int l = 0; l < opaque(L); l++) {  // or registers are spilled
         const unsigned tag = token.tag(l);
         const Deal qkv(QKV, l, ROWS), vector(C, l, 4), ffn(F, l, 4);
         const int mine = vector.first + t;  // this thread's element of the residual stream, if there are so many
@@ -294,7 +296,7 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
     const unsigned first_turn = *epoch;
     int id = *ids;
     const bool known = id >= 0 && id < V && first_position >= 0 && first_position < S;
-    if (first_turn == 0 || C / ROWS > PASS * int(workers())) {
+    if (first_turn == 0 || C / ROWS > PASS * int(gridDim.x)) {
         if (blockIdx.x == 0 && t == 0) ids[0] = NO_CHOICE, ids[1] = LOST;
         return;
     }
@@ -303,6 +305,13 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
         for (int s = 0; s < SLOTS; s++) mbarrier_init(shared.full + s, 1), mbarrier_init(shared.empty + s, WARPS);
         mbarrier_init(&shared.chosen, 1);
         fence_mbarrier_init();
+#if SAMPLED
+        shared.lots = in_lots(tops, history, V);
+        const int unit = shared.lots ? ROWS : 1 << shift;  // whole groups of sample.cu
+#else
+        constexpr int unit = ROWS;
+#endif
+        shared.head = Deal(V, 0, unit);
         shared.lost = 0, shared.over = 0, shared.known = known, shared.position = first_position, shared.turn = first_turn, shared.left = count;
     }
     if (t < 32) shared.ends[t] = t < n_ends ? ends[t] : NO_CHOICE;
@@ -312,20 +321,14 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
     };
     turn_by(known ? first_position : 0);
     __syncthreads();
-#if SAMPLED
-    const bool lots = in_lots(tops, history, V);
-    const auto head_rows = [&] { return rows_of_head(opaque(V), lots, shift); };
-#else
-    const auto head_rows = [&] { return Deal(opaque(V), 0, ROWS); };
-#endif
     Ring ring{memory, shared.full, shared.empty, &shared.chosen, &shared.over};
     if (t >= CONSUMERS) {
 #pragma unroll 1
         for (int n = 0; n < count && !*ring.over; n++) {
             const int p = first_position + n;
-            if (works()) produce_layers(ring, n, shared.table, (n ? p < S : known) ? p : 0, &key_map, &value_map, S);
-            else ring.wait_for_choice(n);
-            produce_head(ring, lm_head, head_rows());
+            if (chooses()) ring.wait_for_choice(n);
+            produce_layers(ring, n, shared.table, (n ? p < S : known) ? p : 0, &key_map, &value_map, S);
+            produce_head(ring, lm_head, shared.head);
         }
         for (int frames = 1; frames <= SLOTS; frames++) ring.wait_for_landing(frames);  // not in a block that has ended
         return;
@@ -342,16 +345,16 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
     while (true) {
         const Token token{id, shared.position, shared.turn, bool(shared.known), shared.left == 1};
         me.patience.deadline = global_timer() + 2000000000ull;
-        if (works()) run_layers(me, token, shared.table, embed, keys, values, words, S, eps);
+        run_layers(me, token, shared.table, embed, keys, values, words, S, eps);
         const unsigned tag = token.tag(L - 1);
 #if SAMPLED
-        if (t == 0 && !works()) shared.random = sampling::Random(inputs(tag)), shared.halted = load_host(halt);
+        if (t == 0 && chooses()) shared.random = sampling::Random(inputs(tag)), shared.halted = load_host(halt);
 #else
         u64 best = 0;
         const int halted = blockIdx.x == 0 && t == 0 ? load_host(halt) : 0;  // some microseconds before it is looked at
 #endif
         {  // norm, logits
-            const Deal head = head_rows();
+            const Deal head = shared.head;
             Vector<C> x;
             const float* squares = me.share_squares(0, me.read<C>(x, norm, words + AFTER_DOWN, tag));
             me.barrier();  // now this block has heard of everybody's new keys and values
@@ -365,7 +368,7 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
                 if (t < rows) logits[r] = logit = sum_warps(part + t * PITCH) * inverse_rms(squares, eps);
 #if SAMPLED
                 if (t < rows) publish(words + LOGITS + r, logit, tag);
-                if (lots) publish_lot(words, first / LOT, tag, t < rows && r < n_ids, logit);
+                if (shared.lots) publish_lot(words, first / LOT, tag, t < rows && r < n_ids, logit);
 #else
                 if (t < rows && r < n_ids) best = max(best, rank(logit, r));
 #endif

@@ -3,9 +3,9 @@
 from faults.table import GIVES_UP, fault
 
 # fmt: off
-STEP, STEP_RING, STEP_VECTOR, STEP_ATTENTION, STEP_CHOICE = (
+STEP, STEP_RING, STEP_VECTOR, STEP_ATTENTION, STEP_CHOICE, STEP_SAMPLED = (
     "kernels/decode_step.cu", "kernels/decode_ring.cuh", "kernels/decode_vector.cuh", "kernels/decode_attention.cuh",
-    "kernels/decode_choice.cuh",
+    "kernels/decode_choice.cuh", "kernels/decode_sampled.cuh",
 )
 DECODE = "cuqwen/decode.py"
 TWO_HEADS, BIASES, SEGMENTS, ROUNDED = (
@@ -118,10 +118,12 @@ fault("steps-go-on-after-the-end", STEP, "if (!fresh && ids[1] == ENDED) return;
 fault("steps-halt-ignored", STEP_CHOICE, "(u64)tag << 32 | unsigned(halted != 0)", "(u64)tag << 32", HALT)
 fault("steps-copies-still-on-their-way", STEP, "frames <= SLOTS; frames++", "frames <= 1; frames++", HALT)
 fault("steps-token-of-another-place", STEP, "tokens + next, id", "tokens + next - 1, id", MANY)
-fault(
-    "steps-tops-of-a-cut-group-kept-back", STEP_CHOICE, "first >> shift << shift < n_ids", "first < n_ids",
-    "decode_many::a_launch_chooses_as_the_sampler_does",
-)
+AMONG = "decode_many::a_launch_chooses_among_many"
+fault("lots-late-ones-not-looked-at", STEP_SAMPLED, "for (int n = early + t; n < all;", "for (int n = early + t; n < early;", AMONG)
+fault("lots-half-of-each", STEP_SAMPLED, "top[j] = max(unsigned(a), unsigned(b));", "top[j] = unsigned(a);", AMONG)
+fault("lots-chosen-in-a-ring-in-use", STEP, "if (chooses()) ring.wait_for_choice(n);", "", AMONG)
+fault("lots-nothing-but-the-late-ones", STEP_SAMPLED, "gather_lots(s, V, rank, 0, before);", "", AMONG)
+fault("heads-together-too-late", "cuqwen/decode.py", ", cached=start + asked - count)", ")", "decode_many::an_answer_grows_to_many_keys")
 fault("answer-cache-behind-its-tokens", DECODE, "start + (int(made[0]) if len(made) else more)", "start", ENDS)
 fault("answer-not-halted", DECODE, "                step.halt[0] = 1\n", "", ENDS)
 fault("answer-halted-for-ever", DECODE, "            step.halt[0] = 0\n", "", ENDS)
