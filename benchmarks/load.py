@@ -40,7 +40,7 @@ BLOCK = 256 << 20  # random bytes, which all files repeat
 SHARD = 4 << 30
 PIECE = 8 << 20
 READERS = (1, 2, 4, 8, 16)
-REPEATS = 3
+REPEATS = 5
 
 
 def write_checkpoint(folder: Path, config: Config) -> list[Path]:
@@ -156,7 +156,6 @@ def measure(folder: Path, size: str) -> dict[str, Any]:
     launch.cupy().zeros(1)
     copy = copy_rate()
     reads = {threads: read_rate(paths, threads, total if threads > 2 else 2 << 30) for threads in READERS}
-    launch.release_staging()
     seconds = [load_seconds(folder) for _ in range(REPEATS + 1)]  # the first one compiles
     rate = total / statistics.median(seconds[1:])
     return {

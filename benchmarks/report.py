@@ -334,6 +334,18 @@ def operations(records: Records) -> str:
     return "\n\n".join(tables)
 
 
+def products(records: Records) -> str:
+    """Of one token, which reads all weights: the share of the ceiling at each size, and the bytes."""
+    shares: dict[str, dict[str, str]] = {}
+    for row in records["ops"]["rows"]:
+        if "error" not in row and row["tokens"] == 1 and row["operation"] in ("qkv_rope", "matmul", "swiglu"):
+            size = row["gigabytes_per_second"] * row["microseconds"] / 1e3
+            name = f"`{row['operation']}` {row['what']}".strip()
+            shares.setdefault(name, {})[row["size"]] = f"{row['percent_of_ceiling']:.0f} % of {size:,.0f} MB"
+    sizes = list(dict.fromkeys(size for row in shares.values() for size in row))
+    return table(["", *sizes], [[name, *(row.get(size, NO_VALUE) for size in sizes)] for name, row in shares.items()])
+
+
 def large(records: Records) -> str:
     rows = []
     for row in records["ops"]["rows"]:
@@ -411,6 +423,7 @@ PARTS = {
     "accuracy": Part(accuracy, ("accuracy", "results")),
     "ceilings": Part(ceilings, ("ops", "ceilings")),
     "operations": Part(operations, ("ops", "ceilings")),
+    "products": Part(products, ("ops", "ceilings")),
     "large": Part(large, ("ops", "ceilings")),
     "sources": Part(sources, ("decode", "rows")),
 }

@@ -50,16 +50,15 @@ def watch(clock: Clock) -> None:
         driver.wake()
         imported = clock("import NumPy and cuqwen", lambda: __import__("cuqwen.api"))
         imported()
-        from cuqwen import api, generate, launch, memory, weights
+        from cuqwen import api, generate, launch, memory, startup, weights
 
         api.Tokenizer.from_folder = clock("tokenizer", api.Tokenizer.from_folder)
         launch.has_gpu = clock("import CuPy", launch.has_gpu)
         memory.plan = clock("plan", memory.plan)
-        api.kernels = clock("list kernels", lambda *a, kernels=api.kernels, **k: iter(list(kernels(*a, **k))))
-        launch._compile = clock("kernels", launch._compile)
+        startup.kernels = clock("list kernels", lambda *a, kernels=startup.kernels, **k: iter(list(kernels(*a, **k))))
+        launch.compile_function = clock("kernels", launch.compile_function)
         weights.read = clock("weights", weights.read)
         api.Qwen3 = clock("network", api.Qwen3)
-        launch.release_staging = clock("free staging", launch.release_staging)
         for name in ("begin", "read", "decode"):
             setattr(generate.Sequence, name, clock(f"answer: {name}", getattr(generate.Sequence, name)))
         return clock("load", load)(options)

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cuqwen import driver, hub, launch, memory, thinking, weights
+from cuqwen import driver, hub, launch, memory, startup, thinking, weights
 from cuqwen.config import CheckpointError, Config, GenerationConfig
 from cuqwen.decode import why_portable
 from cuqwen.generate import Sequence as TokenSequence
@@ -22,7 +22,6 @@ from cuqwen.generate import Step, generate_steps
 from cuqwen.memory import MemoryPlan
 from cuqwen.model import Device, Progress, Qwen3
 from cuqwen.sampling import Sampling
-from cuqwen.startup import kernels
 from cuqwen.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
@@ -97,15 +96,14 @@ def load(
             weights.check_finite(folder, config)
         compiling: AbstractContextManager[None] = nullcontext()
         if place.name == "cuda":
-            compiling = launch.compiling(kernels(folder, config, place, kv, plan, exact=exact), compile_progress)
+            requests = startup.kernels(folder, config, place, kv, plan, exact=exact)
+            compiling = startup.compiling(requests, compile_progress)
         try:
             with compiling:
                 arrays = weights.read(
                     folder, config, place.place_weight, reserve=place.reserve_weight, progress=progress
                 )
                 network = Qwen3(config, arrays, place, kv, exact=exact, chunk=plan.chunk)
-                if place.name == "cuda":
-                    launch.release_staging()
         except Exception as error:
             if launch.is_out_of_memory(error):
                 raise MemoryError(

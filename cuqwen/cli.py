@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "run" not in options:
             parser.error(wanted)
         if unknown:
-            remedy = "" if unknown[0].startswith("-") else "; put a text of several words in quotes"
+            words = "prompt" in options and not unknown[0].startswith("-")
+            remedy = "; put a text of several words in quotes" if words else ""
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{remedy}")
         status = options.run(options, options.parser)
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""CUDA sources to compiled kernels, and the few things that the package needs from a GPU.
+"""Compiled kernels and their launches, recordings of them, and the few things that the package needs from a GPU.
 
 The only module that imports CuPy, and only inside functions: `import cuqwen` needs neither CuPy nor a GPU.
 """
@@ -8,28 +8,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import os
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from cuqwen.driver import library as _driver
+from cuqwen import driver_calls
+from cuqwen.sources import source
 
-# Inside the package in a wheel, beside it in a checkout or an editable install.
-KERNEL_FOLDER = next(
-    (p for p in (Path(__file__).parent / "kernels", Path(__file__).parent.parent / "kernels") if p.is_dir()),
-    Path(__file__).parent / "kernels",
-)
-
-PATIENCE = 0.5  # seconds that pass before people are told what they wait for
-# Seconds in which a kernel that was compiled before is there. One after another they come sooner than from threads, which wait
-# for each other's Python: 24 in 0.1 s instead of 0.55.
-QUICK = 0.01
 # What a launch may ask for without being allowed more first.
 DEFAULT_SHARED_BYTES = 48 << 10
 
@@ -40,42 +27,6 @@ Request = tuple[str, str, Defines]  # the arguments of `load_function`
 
 class DeviceError(RuntimeError):
     """There is no usable NVIDIA GPU, or what CuPy needs to reach it is missing."""
-
-
-ENTRY = re.compile(r'extern "C" (__global__\s+void\s+(?:__\w+__\((?:[^()]|\([^()]*\))*\)(?:\s|//.*)*)*(\w+))')
-
-
-def source(file: str, entry: str | None = None) -> str:
-    """The text of `kernels/<file>.cu` with our own headers pasted in, each once.
-
-    With `entry`, all other entry points are templates that nobody instantiates: the one that is needed takes 0.1 to 0.5
-    seconds to compile where all of qkv_rope take 1.7.
-
-    CuPy's disk cache is keyed by the source text and not by the files that it includes, so a changed header would
-    otherwise bring back the old kernel. `#line` keeps compiler messages pointing at the real files.
-    """
-    pasted: set[str] = set()
-
-    def paste(name: str) -> str:
-        path = KERNEL_FOLDER / name
-        lines = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            include = re.match(r'\s*#include "([^"]+)"', line)
-            if line.strip() == "#pragma once":
-                lines.append("")
-            elif include is None:
-                lines.append(line)
-            elif include[1] in pasted:
-                lines.append("")
-            else:
-                pasted.add(include[1])
-                lines += [paste(include[1]), f'#line {number + 1} "kernels/{name}"']
-        return "\n".join([f'#line 1 "kernels/{name}"', *lines])
-
-    text = paste(f"{file}.cu") + "\n"
-    if entry is None:
-        return text
-    return ENTRY.sub(lambda found: found[0] if found[2] == entry else f"template <int> {found[1]}", text)
 
 
 def load_function(file: str, entry: str, defines: Defines) -> Launch:
@@ -95,7 +46,7 @@ def load_function(file: str, entry: str, defines: Defines) -> Launch:
 
 @functools.cache
 def _load_function(file: str, entry: str, defines: Defines) -> Launch:
-    function = _compile(file, entry, defines)
+    function = compile_function(file, entry, defines)
     accepted: set[tuple[type, ...]] = set()  # types of arguments
     allowed: dict[int, int] = {}  # bytes of shared memory, by the function on a device: each driver call costs the host
 
@@ -120,7 +71,8 @@ def _load_function(file: str, entry: str, defines: Defines) -> Launch:
     return launch
 
 
-def _compile(file: str, entry: str, defines: Defines) -> Any:
+def compile_function(file: str, entry: str, defines: Defines) -> Any:
+    """The entry point, compiled, as CuPy's function. Raises DeviceError with the reason."""
     try:
         return _module(file, defines, entry).get_function(entry)
     except Exception as error:  # CuPy raises CompileException, NVRTCError or RuntimeError
@@ -152,36 +104,6 @@ def noting() -> Iterator[dict[Request, None]]:
         _thread.noted = None
 
 
-@contextlib.contextmanager
-def compiling(requests: Iterable[Request], progress: Callable[[int, int], None] | None = None) -> Iterator[None]:
-    """While the block runs, and until all is there, threads load what `load_function` will be asked for, and compile what this
-    machine has not compiled before. What cannot be compiled is told by `load_function`.
-
-    progress: called with (entry points that are there, all) after the block, when some are missing `PATIENCE` seconds later.
-    However the block ends, no thread is left when it has; if it fails, what has not been begun is left out.
-    """
-    device = cupy().cuda.Device().id
-    threads = min(16, os.cpu_count() or 4)
-    pool = futures.ThreadPoolExecutor(1 + threads, "cuqwen-compile", lambda: cupy().cuda.Device(device).use())
-    compiled: list[futures.Future[Any]] = []
-
-    def begin() -> None:
-        for request in requests:
-            compiled.append(pool.submit(_compile, *request))
-            futures.wait(compiled[-1:], QUICK)
-
-    try:
-        begun = pool.submit(begin)
-        yield
-        begun.result()
-        missing = futures.wait(compiled, PATIENCE).not_done
-        for _ in futures.as_completed(missing):
-            if progress is not None:
-                progress(sum(one.done() for one in compiled), len(compiled))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _refuse_bare_numbers(entry: str, types: tuple[type, ...]) -> None:
     for i, kind in enumerate(types):
         if issubclass(kind, (bool, int, float)) and not issubclass(kind, np.generic):  # np.float64 is a float
@@ -190,24 +112,6 @@ def _refuse_bare_numbers(entry: str, types: tuple[type, ...]) -> None:
 
 
 _overlapping = False  # inside `record`, on a GPU that has dependent launches
-
-
-class _Attribute(ctypes.Structure):  # CUlaunchAttribute
-    _fields_ = (("id", ctypes.c_int), ("value", ctypes.c_int * 17))
-
-
-class _Config(ctypes.Structure):  # CUlaunchConfig
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("number", ctypes.c_uint),
-    )
-
-
-PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
 def _launch_dependent(
@@ -220,13 +124,8 @@ def _launch_dependent(
         else ctypes.c_void_p(None if arg is None else address(arg))
         for arg in args
     ]
-    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
-    attribute.value[1] = 1  # the id is padded to 8 bytes
-    sizes = ((ctypes.c_uint * 3)(*(*map(int, dims), 1, 1)[:3]) for dims in (grid, block))
     stream = cupy().cuda.get_current_stream().ptr
-    config = _Config(*sizes, shared_bytes, stream, ctypes.pointer(attribute), 1)
-    error = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), pointers, None)
+    error = driver_calls.launch_dependent(function, grid, block, values, shared_bytes, stream)
     if error:
         raise DeviceError(f"{entry}: cuLaunchKernelEx: wanted CUDA_SUCCESS, got CUresult {error}; update the driver")
 
@@ -388,59 +287,6 @@ def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     return launch_graph, result
 
 
-def settled_device() -> int:
-    """The current device, when all that the current stream was given is done: from then on other streams may write to arrays
-    that have just been made, whose memory earlier work may have had."""
-    cupy().cuda.get_current_stream().synchronize()
-    return cupy().cuda.Device().id
-
-
-class Sender:
-    """Copies bytes from the host into arrays on `device`, which becomes the current one of the calling thread: fill `buffer()`,
-    then `send` it. Two buffers of `size` bytes, one to be filled while the other is on its way; `finish` waits for both."""
-
-    def __init__(self, device: int, size: int) -> None:
-        cuda = cupy().cuda
-        cuda.Device(device).use()
-        self._stream = cuda.Stream(non_blocking=True)
-        self._slots = []
-        for memory in (_page_locked(size), _page_locked(size)):
-            view = memoryview(memory).cast("B")
-            address = ctypes.c_void_p(np.frombuffer(view, np.uint8).ctypes.data)
-            self._slots.append((view, address, cuda.Event(disable_timing=True)))
-
-    def buffer(self) -> memoryview:
-        """The buffer that was sent longest ago, as bytes."""
-        self._slots.reverse()
-        view, _, sent = self._slots[0]
-        sent.synchronize()
-        return view
-
-    def send(self, array: Any, first: int, count: int) -> None:
-        """Copy the first `count` bytes of the last `buffer()` to the bytes of `array` from `first` on."""
-        _, address, sent = self._slots[0]
-        (array.data + first).copy_from_host_async(address, count, self._stream)
-        sent.record(self._stream)
-
-    def finish(self) -> None:
-        """Wait until all has arrived."""
-        self._stream.synchronize()
-
-
-def _page_locked(size: int) -> Any:
-    """Memory that the GPU copies from by itself, or ordinary memory where there is no more of it (WSL 2 has little)."""
-    cuda = cupy().cuda
-    try:
-        return cuda.alloc_pinned_memory(size)
-    except cuda.runtime.CUDARuntimeError:
-        return bytearray(size)
-
-
-def release_staging() -> None:
-    """Free the page-locked host memory through which arrays were sent; CuPy keeps it otherwise."""
-    cupy().get_default_pinned_memory_pool().free_all_blocks()
-
-
 def release_memory() -> None:
     """Give GPU memory that no array uses back to the driver."""
     cupy().get_default_memory_pool().free_all_blocks()
@@ -496,15 +342,9 @@ def tensor_map(matrix: Any, box_rows: int) -> np.ndarray:
 
 @functools.lru_cache(4096)
 def _tensor_map(start: int, rows: int, columns: int, box_rows: int) -> np.ndarray:
-    bf16, bytes_of_swizzle, bytes_in_l2 = 9, 3, 3  # of CUtensorMapDataType; 128 and 256 bytes
     memory = np.zeros(128 + 64, np.uint8)
     place = memory[-memory.ctypes.data % 64 :][:128]  # the driver wants it so
-    sizes, pitch = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns)
-    box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
-    error = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(place.ctypes.data), bf16, 2, ctypes.c_void_p(start), sizes, pitch, box, steps,
-        0, bytes_of_swizzle, bytes_in_l2, 0,
-    )  # fmt: skip
+    error = driver_calls.encode_tensor_map(place.ctypes.data, start, rows, columns, box_rows)
     if error:
         raise DeviceError(f"tensor_map: {rows} x {columns} at {start:#x}: cuTensorMapEncodeTiled gave CUresult {error}")
     return place.copy().view("V128")

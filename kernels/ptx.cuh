@@ -91,13 +91,8 @@ __device__ __forceinline__ bool mbarrier_test_wait(mbarrier* b, unsigned parity)
 __device__ __forceinline__ void mbarrier_wait(mbarrier* b, unsigned parity) {
     while (!mbarrier_try_wait(b, parity)) {}
 }
-// Copies `bytes` (a multiple of 16) from global to shared memory, both 16-byte aligned, and counts them into the barrier.
-__device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsigned bytes, mbarrier* b) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(bytes), "r"(shared_address(b))
-                 : "memory");
-}
-// The same for what is read once: it leaves the L2 cache first, and what is read again can stay.
+// Copies `bytes` (a multiple of 16) from global to shared memory, both 16-byte aligned, and counts them into the barrier. For
+// what is read once: it leaves the L2 cache first, and what is read again can stay.
 __device__ __forceinline__ void bulk_copy_once(void* shared, const void* global, unsigned bytes, mbarrier* b) {
     asm volatile(
         "{\n .reg .b64 policy;\n createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
@@ -113,7 +108,7 @@ __device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.pr
 
 // ---- tiles by the copy engine, clusters of blocks (sm_90) ----
 
-// As bulk_copy, a box of the matrix that the map describes (launch.tensor_map), from its element `column` of row `row` on; rows
+// As bulk_copy_once, a box of the matrix that the map describes (launch.tensor_map), from its element `column` of row `row` on; rows
 // and columns outside of the matrix are zeros, negative ones too, and count. In shared memory (1024-byte aligned) a row takes 128
 // bytes, and the 16-byte piece p of row r lies at place p ^ r % 8.
 __device__ __forceinline__ void bulk_copy_2d(void* shared, const TensorMap* map, int column, int row, mbarrier* b) {
@@ -252,15 +247,6 @@ __device__ __forceinline__ void load_relaxed2(const u64* p, u64& x, u64& y) {
 }
 __device__ __forceinline__ void store_relaxed2(u64* p, u64 x, u64 y) {
     asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(p), "l"(x), "l"(y) : "memory");
-}
-// What this thread wrote before is visible to whoever reads the new count with load_acquire.
-__device__ __forceinline__ void add_release(unsigned* p, unsigned x) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
-}
-__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
-    unsigned x;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-    return x;
 }
 // As store_relaxed and load_relaxed, for memory of the host, which it may look at and change meanwhile.
 __device__ __forceinline__ void store_host(int* p, int x) {

@@ -28,7 +28,7 @@ from cuda_cpu import build
 from cuda_cpu.build import SANITIZE, available, unavailable_reason
 from recorder import Recorder, TensorMap, behind, pointer
 
-from cuqwen import cuda, launch, ops
+from cuqwen import cuda, launch, ops, staging, startup
 
 ORDERS = ("ascending", "descending", "shuffled")
 RED_ZONE = 4096  # bytes on either side of an array that nobody may write
@@ -317,30 +317,16 @@ def _check_red_zone(array: np.ndarray, name: str) -> None:
 
 
 class Sender:
-    """`launch.Sender` for NumPy arrays. What is sent arrives when its buffer is wanted again, or all is finished."""
+    """`staging.Sender` for NumPy arrays."""
 
     def __init__(self, device: int, size: int) -> None:
-        self._slots: list[list] = [[bytearray(size), None], [bytearray(size), None]]
-
-    def buffer(self) -> memoryview:
-        self._slots.reverse()
-        self._arrive(self._slots[0])
-        return memoryview(self._slots[0][0])
+        self.buffer = memoryview(bytearray(size))
 
     def send(self, array: np.ndarray, first: int, count: int) -> None:
-        self._slots[0][1] = (array.reshape(-1).view(np.uint8), first, count)
+        array.reshape(-1).view(np.uint8)[first : first + count] = np.frombuffer(self.buffer, np.uint8)[:count]
 
-    def finish(self) -> None:
-        for slot in self._slots:
-            self._arrive(slot)
-
-    @staticmethod
-    def _arrive(slot: list) -> None:
-        memory, target = slot
-        if target is not None:
-            array, first, count = target
-            array[first : first + count] = np.frombuffer(memory, np.uint8)[:count]
-            slot[1] = None
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -364,9 +350,6 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
         "record": recorder.record,
         "copy": recorder.copy,
         "upload": upload,
-        "compiling": lambda *_: contextlib.nullcontext(),
-        "Sender": Sender,
-        "settled_device": lambda: 0,
         "tensor_map": tensor_map,
         "host_array": lambda size, dtype: (array := upload(np.zeros(size, dtype)), array),
         "wgmma_processors": lambda: 0,  # as on a GPU before Hopper, unless a test says otherwise
@@ -382,6 +365,9 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
     }
     for name, function in replaced.items():
         monkeypatch.setattr(launch, name, function)
+    monkeypatch.setattr(startup, "compiling", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(staging, "Sender", Sender)
+    monkeypatch.setattr(staging, "settled_device", lambda: 0)
     monkeypatch.setattr(ops, "backend_of", lambda array: cuda if isinstance(array, np.ndarray) else None)
     yield settings
     for owner in [reference() for reference, _, _ in _zones.values()]:

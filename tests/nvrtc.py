@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cuda_cpu.build import cache_folder
 
-from cuqwen import cuda, decode_step, launch
+from cuqwen import cuda, decode_step, launch, sources
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")  # 90a: with wgmma, as launch.py compiles for Hopper
 # CuPy's own, and ptxas's report in the log: two options and not one joined by a comma, of which NVRTC reads the first.
@@ -141,7 +141,7 @@ def compile(source: str, arch: str, defines: launch.Defines = (), name: str = "k
 def report(file: str, defines: launch.Defines, arch: str) -> tuple[dict[str, Resources], str]:
     """`compile` on a kernel of the package: its resources by entry point and its warnings, kept on disk by the hash of
     source, options and NVRTC's version, because ptxas takes up to half a second for each."""
-    source = launch.source(file)
+    source = sources.source(file)
     key = hashlib.sha256(repr((source, arch, defines, OPTIONS, version(), REPORT.pattern)).encode()).hexdigest()
     path = cache_folder() / f"{file}-sm{arch}-{key[:20]}.json"
     if not path.exists():
@@ -163,7 +163,7 @@ def number(arch: str) -> int:
 
 def architectures(file: str) -> tuple[str, ...]:
     """Those that a kernel of the package is compiled for: all, or from NN on if a line of its head says `// Needs sm_NN`."""
-    head = re.match(r"(//[^\n]*\n)*", launch.source(file).partition("\n")[2])[0]
+    head = re.match(r"(//[^\n]*\n)*", sources.source(file).partition("\n")[2])[0]
     needs = re.search(r"^// Needs\s+sm_(\d+)", head, re.M)
     return tuple(arch for arch in ARCHITECTURES if number(arch) >= (int(needs[1]) if needs else 0))
 

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cuqwen import launch, ops, rope_table, tiles
+from cuqwen import launch, ops, rope_table, sources, tiles
 from cuqwen.config import Config
 from cuqwen.decode_step import DecodeStep
 from cuqwen.model import Device, Qwen3
@@ -251,7 +251,7 @@ PARAMETERS = [
 
 def entry_points():
     """The names behind `extern "C" __global__` in kernels/."""
-    for path in launch.KERNEL_FOLDER.glob("*.cu"):
+    for path in sources.KERNEL_FOLDER.glob("*.cu"):
         text = re.sub(r"//.*", "", path.read_text())
         for declared in re.findall(r'extern\s+"C"\s+__global__([^{;]*)', text):
             without_bounds = re.sub(r"__\w+__\s*\((?:[^()]|\([^()]*\))*\)", "", declared)

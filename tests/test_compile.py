@@ -8,11 +8,11 @@ from pathlib import Path
 import nvrtc
 import pytest
 
-from cuqwen import launch
+from cuqwen import sources
 
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason=nvrtc.unavailable_reason())
-KERNELS = sorted(launch.KERNEL_FOLDER.glob("*.cu"))
-SOURCES = sorted(launch.KERNEL_FOLDER.glob("*.cu*"))
+KERNELS = sorted(sources.KERNEL_FOLDER.glob("*.cu"))
+SOURCES = sorted(sources.KERNEL_FOLDER.glob("*.cu*"))
 # Bytes stored, loaded. The kernel takes 220 KB of shared memory, which no GPU of that architecture has.
 SPILLS = {("decode_step", ("SAMPLED", "1"), "120"): (8, 16)}
 FORBIDDEN = ("cooperative_groups", "cuda/barrier", "cuda/pipeline", "cuda/std", "cub/", "mma.h", "stdint", "cstdint")
@@ -40,7 +40,7 @@ def test_every_variant_compiles_without_spills_and_warnings(reports):
     for file, _, arch in reports:
         compiled.setdefault(file, set()).add(arch)
     for file, found in compiled.items():
-        needs_90 = re.search(r"^// Needs\s+sm_90", (launch.KERNEL_FOLDER / f"{file}.cu").read_text(), re.M)
+        needs_90 = re.search(r"^// Needs\s+sm_90", (sources.KERNEL_FOLDER / f"{file}.cu").read_text(), re.M)
         assert found == {"90a", "100", "120"} | (set() if needs_90 else {"80", "86", "89"}), file
 
 
@@ -61,7 +61,7 @@ def test_resources_are_those_of_the_table(reports):
 MODEL = """
 embed embed : TABLE_TYPE=bf16
 rmsnorm rmsnorm_row : X_TYPE=f32 W_TYPE=f32 OUT_TYPE=f32
-qkv_rope qkv_rope_mma_few qkv_rope_row : X_TYPE=f32 W_TYPE=bf16 K_TYPE=f32 V_TYPE=bf16 HEAD_DIM=128
+qkv_rope qkv_rope_mma_few qkv_rope_row : X_TYPE=f32 W_TYPE=bf16 Q_TYPE=f32 K_TYPE=f32 V_TYPE=bf16 HEAD_DIM=128
 qk_norm qk_norm : Q_TYPE=f32 K_TYPE=bf16
 attention_group attention_group : HEAD_DIM=128
 matmul matmul_mma_few matmul_row : X_TYPE=f32 W_TYPE=bf16
@@ -82,24 +82,24 @@ def test_a_models_kernels_compile_in_seconds():
         needed += [(file, entry, tuple(tuple(c.split("=")) for c in constants)) for entry in entries]
     for file, entry, defines in needed:
         assert (file, defines) in variants
-        assert set(nvrtc.compile(launch.source(file, entry), "90a", defines).resources) == {entry}
+        assert set(nvrtc.compile(sources.source(file, entry), "90a", defines).resources) == {entry}
     seconds = time.thread_time() - start
     assert seconds < 12, f"{seconds:.1f} s, 6 when this was written; the aim is 3"
 
 
 def test_every_entry_point_is_found_and_can_be_alone():
     for path in KERNELS:
-        found = [entry[2] for entry in launch.ENTRY.finditer(launch.source(path.stem))]
+        found = [entry[2] for entry in sources.ENTRY.finditer(sources.source(path.stem))]
         assert set(found) == _entry_points(path.stem)
         for entry in found:
-            text = launch.source(path.stem, entry)
+            text = sources.source(path.stem, entry)
             assert text.count('extern "C" __global__') == 1
             assert text.count("template <int> __global__") == len(found) - 1
 
 
 @needs_nvrtc
 def test_a_fault_is_reported_where_it_is():
-    text = launch.source("silu_mul").replace("out + i, g /", "out + i, gg /")
+    text = sources.source("silu_mul").replace("out + i, g /", "out + i, gg /")
     with pytest.raises(nvrtc.CompileError, match=r"kernels/silu_mul.cu\(\d+\): error: identifier \"gg\""):
         nvrtc.compile(text, "90", (("OUT_TYPE", "f32"),))
 
@@ -130,7 +130,7 @@ def test_spills_and_warnings_are_seen():
 
 
 def _entry_points(file):
-    code = _code(launch.KERNEL_FOLDER / f"{file}.cu")
+    code = _code(sources.KERNEL_FOLDER / f"{file}.cu")
     return set(re.findall(r'extern "C" __global__ void (?:__\w+__\((?:[^()]|\([^()]*\))*\)\s*)*(\w+)\(', code))
 
 
@@ -192,7 +192,6 @@ USES = {
     "mbarrier_try_wait": ("r[0] = mbarrier_try_wait(b, n);", 90),
     "mbarrier_test_wait": ("r[0] = mbarrier_test_wait(b, n);", 90),
     "mbarrier_wait": ("mbarrier_wait(b, n);", 90),
-    "bulk_copy": ("bulk_copy(all, in, n, b);", 90),
     "bulk_copy_once": ("bulk_copy_once(all, in, n, b);", 90),
     "fence_proxy_async": ("fence_proxy_async();", 90),
     "fence_proxy_async_all": ("fence_proxy_async_all();", 90),
@@ -221,8 +220,6 @@ USES = {
     "store_relaxed2": ("store_relaxed2(out, n, n);", 80),
     "store_host": ("store_host(reinterpret_cast<int*>(out), 1);", 80),
     "load_host": ("r[0] = load_host(reinterpret_cast<const int*>(in));", 80),
-    "add_release": ("add_release(reinterpret_cast<unsigned*>(out), n);", 80),
-    "load_acquire": ("r[0] = load_acquire(reinterpret_cast<const unsigned*>(in));", 80),
     "global_timer": ("x = global_timer();", 80),
     "griddepcontrol_launch_dependents": ("griddepcontrol_launch_dependents();", 80),
     "griddepcontrol_wait": ("griddepcontrol_wait();", 80),
@@ -243,7 +240,7 @@ def _functions(text):
 
 
 def test_every_function_of_ptx_has_a_twin_of_the_same_signature():
-    text = _code(launch.KERNEL_FOLDER / "ptx.cuh")
+    text = _code(sources.KERNEL_FOLDER / "ptx.cuh")
     gpu, cpu = _functions(text), _functions(TWINS.read_text())
     assert {name: gpu[name] for name in gpu if name not in GPU_ONLY} == cpu
     assert set(USES) == set(cpu)
@@ -257,7 +254,7 @@ def test_every_function_of_ptx_has_a_twin_of_the_same_signature():
 def test_every_ptx_statement_assembles(name):
     """By itself: in a kernel one that takes no effect could hide behind another."""
     use, first = USES[name]
-    header = (launch.KERNEL_FOLDER / "ptx.cuh").read_text().replace("#pragma once", "")
+    header = (sources.KERNEL_FOLDER / "ptx.cuh").read_text().replace("#pragma once", "")
     text = f"""{header}
         extern "C" __global__ void use(u64* out, const u64* in, int n) {{
             __shared__ __align__(16) unsigned char all[512];

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from terminal import environment
 from test_structure import ORDER
 
+import cuqwen
 from tools import make_docs
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +98,29 @@ def run(command, cwd):
     shell = f'cuqwen() {{ "{sys.executable}" -m cuqwen "$@"; }}; {command}'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment(), cwd=cwd, timeout=60)
     return done.stdout, done.stderr
+
+
+SCRIPTS = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+
+
+def test_the_script_on_models(tmp_path, monkeypatch, capsys):
+    """As it stands, with a small checkpoint that has a chat template in the other one's place."""
+    folder = shutil.copytree(ROOT / "cuqwen" / "demo", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
+    load, (script, _) = cuqwen.load, SCRIPTS
+    models = {"Qwen/Qwen3-0.6B": folder, "demo": "demo"}
+    monkeypatch.setattr(cuqwen, "load", lambda name, device="cpu", **more: load(models[name], device=device, **more))
+    names = {}
+    exec(script, names)
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    assert names["logits"].shape[1] == 4096 and names["exact"].logits([1]).dtype == "float64"
+
+
+@pytest.mark.gpu
+def test_the_script_on_operations():
+    names = {}
+    exec(SCRIPTS[1], names)
+    np.testing.assert_allclose(names["y"].get(), cuqwen.rmsnorm(names["x"].get(), np.ones(1024, "float32")), rtol=1e-5)
 
 
 def test_commands_are_found():

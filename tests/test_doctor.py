@@ -129,7 +129,6 @@ def small_answers(emulated_gpu, monkeypatch):
     """On an emulated GPU of so many blocks that a token is made in one launch."""
     emulated_gpu.orders, emulated_gpu.resident_blocks = ("ascending",), 5
     monkeypatch.setattr(launch, "resident_blocks", lambda *_: 5)
-    monkeypatch.setattr(launch, "release_staging", lambda: None)
     monkeypatch.setattr(checks, "ANSWER", 2)
 
 

@@ -47,7 +47,10 @@ def test_what_it_says_is_what_is_loaded(name, capsys, tmp_path):
         said["parameters"] == sum(part["parameters"] for part in said["parts"].values()) == sum(a.size for a in arrays)
     )
     assert said["weight_bytes"] == width * said["parameters"]
-    assert said["cache_bytes_per_token"] * 2 == model.network.new_cache(1).keys.nbytes * 2  # float32 and two of them
+    cache = model.network.new_cache(1)  # float32 on the CPU
+    assert said["cache_bytes_per_token"] * 2 == cache.keys.nbytes + cache.values.nbytes
+    exact = facts(capsys, folder, "--exact")
+    assert exact["cache_bytes_per_token"] == exact["memory"][0]["cache_bytes"] / 512 == cache.keys.nbytes * 2
     read = model.network.read_bytes_per_token(0)
     norm = model.network.weights.norm.nbytes  # which that leaves out
     assert said["read_bytes_per_token"] * 4 == (read + norm) * width
@@ -105,8 +108,10 @@ def test_published_figures_of_8b(capsys, tmp_path):
     """Of a file of 16 GB of which only the header is there, so nothing else can have been read."""
     status, out = info(capsys, header_only(tmp_path / "8b", EIGHT))
     assert status == 0
-    for text in ("8,190,735,360 parameters", "16.38 GB", "a token reads 15.14 GB", "40,960", "6.04 GB", "22.42 GB"):
+    for text in ("8,190,735,360 parameters", "16.38 GB", "a token reads 15.14 GB", "(bfloat16)", "6.04 GB", "22.42 GB"):
         assert text in out, out
+    exact = info(capsys, tmp_path / "8b", "--exact")[1]
+    assert "(float32)" in exact and "12.08 GB" in exact and "28.46 GB" in exact, exact
     assert max(map(len, out.splitlines()[1:])) <= 80
 
 

@@ -23,11 +23,11 @@ GENERATE = ("generate", "In the beginning", "--model", "demo", "--temperature", 
 # What a run must have: its own package, and every kernel source with its headers
 SELF_CHECK = """
 import pathlib, sys, cuqwen
-from cuqwen import launch
+from cuqwen import sources
 print(cuqwen.__version__)
 print(pathlib.Path(cuqwen.__file__).resolve().parent)
-for path in sorted(launch.KERNEL_FOLDER.glob("*.cu")):
-    text = launch.source(path.stem)
+for path in sorted(sources.KERNEL_FOLDER.glob("*.cu")):
+    text = sources.source(path.stem)
     assert '#include "' not in text, path
     print(path.name)
 """

@@ -142,7 +142,11 @@ def test_new_records_fill_their_parts(copy):
         "prefill": {**head, "rows": rows, "memory": memory},
         "ops": {
             **head,
-            "rows": [measured | {"size": "8B", "tokens": n, "ceiling": "read"} for n in (1, 2048)] + [large, broken],
+            "rows": [
+                measured | {"size": "8B", "tokens": n, "ceiling": "read", "gigabytes_per_second": 2e3}
+                for n in (1, 2048)
+            ]
+            + [large, broken],
             "ceilings": {"read": 2.98e12, "copy": 2.9e12, "node": 1.04, "tensor": 800e12},
         },
         "generate": records["generate"]
@@ -178,6 +182,7 @@ def test_new_records_fill_their_parts(copy):
     assert "| safetensors for PyTorch, tensors only | 4.0 GB/s, 4.00 s |" in parts["load"].splitlines()
     assert "| reading memory | 2.98 TB/s |" in parts["ceilings"].splitlines()
     assert parts["operations"].count("| `matmul` o | 8B | 12.5 | 12.5 | 12 % of read | – | 12.5 |") == 2
+    assert parts["products"].splitlines()[::2] == ["|  | 8B |", "| `matmul` o | 12 % of 25 MB |"]
     assert parts["large"].splitlines()[2:] == ["| `matmul` N 9 | 9 | TFLOP/s | 600 | 12 % of tensor | 750 |"]
     assert parts["prefill picture"] == f"![{report.PICTURES['prefill'].caption}](images/prefill.svg)"
     assert "**20,480 tokens a second** of a prompt of 2,048 tokens" in parts["summary"]

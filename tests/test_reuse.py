@@ -45,7 +45,6 @@ def load(request, folder, monkeypatch):
     if request.param.startswith("emulated"):
         settings = request.getfixturevalue("emulated_gpu")
         settings.orders, settings.resident_blocks = ("ascending",), 5
-        monkeypatch.setattr(launch, "release_staging", lambda: None)
         monkeypatch.setattr(launch, "resident_blocks", lambda *_: 5)
     options = {"device": "cpu", "dtype": "float64"} if request.param == "cpu" else {"device": "cuda", "exact": True, "kv_dtype": "float32"}  # fmt: skip
 

@@ -319,7 +319,6 @@ def test_an_answer_is_what_the_sampler_chooses_from_the_logits(folder, settings)
 def kernels(request, monkeypatch):
     if request.param == "emulated":
         request.getfixturevalue("emulated_gpu").orders = ("ascending",)
-        monkeypatch.setattr(launch, "release_staging", lambda: None)
     return request.param
 
 

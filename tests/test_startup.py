@@ -13,7 +13,7 @@ import pytest
 from checkpoints import SPECS, write
 
 import cuqwen
-from cuqwen import api, driver, launch, memory, prompt, startup, weights
+from cuqwen import api, driver, launch, memory, prompt, sources, startup, weights
 from cuqwen.cache import KVCache
 from cuqwen.config import Config
 from cuqwen.model import Device, Qwen3
@@ -51,7 +51,6 @@ def test_what_is_listed_is_what_is_launched(tmp_path, monkeypatch, request, name
     folder = write(tmp_path, SPECS[name])
     wanted = listed(folder, exact, kv_dtype)
     request.getfixturevalue("emulated_gpu").orders = ("ascending",)
-    monkeypatch.setattr(launch, "release_staging", lambda: None)
     launched, load_function = {}, launch.load_function
 
     def note(*arguments):
@@ -74,7 +73,7 @@ def test_on_hopper_all_that_prompts_need_is_listed(on_hopper, tokens):
     assert [file for file, _, _ in wanted[:2]] == ["decode_step", "sample"]
     assert len(wanted) < 40 and any("wgmma" in entry for _, entry, _ in wanted)
     for file, entry, _ in wanted:
-        assert entry in {found[2] for found in launch.ENTRY.finditer(launch.source(file))}
+        assert entry in {found[2] for found in sources.ENTRY.finditer(sources.source(file))}
     with launch.noting() as noted:
         dry = dataclasses.replace(device, upload=lambda array: array)
         tensors = {
@@ -126,14 +125,14 @@ def compiled(on_hopper, no_thread_is_left, monkeypatch):
             raise launch.DeviceError("cannot be compiled")
         result.done.append(request)
 
-    monkeypatch.setattr(launch, "_compile", compile)
-    monkeypatch.setattr(launch, "PATIENCE", 0.05)
+    monkeypatch.setattr(launch, "compile_function", compile)
+    monkeypatch.setattr(startup, "PATIENCE", 0.05)
     return result
 
 
 def test_all_is_compiled_when_the_block_ends_and_nobody_is_told_what_is_quick(compiled):
     told = []
-    with launch.compiling([A, B, C], lambda *figures: told.append(figures)):
+    with startup.compiling([A, B, C], lambda *figures: told.append(figures)):
         pass
     assert sorted(compiled.done) == [A, B] and told == []
 
@@ -141,18 +140,18 @@ def test_all_is_compiled_when_the_block_ends_and_nobody_is_told_what_is_quick(co
 def test_people_are_told_what_they_wait_for(compiled):
     compiled.slow, told = {A, B}, []
     threading.Timer(0.2, compiled.go.set).start()
-    with launch.compiling([A, B, C], lambda *figures: told.append(figures)):
+    with startup.compiling([A, B, C], lambda *figures: told.append(figures)):
         assert compiled.done == []
     assert sorted(compiled.done) == [A, B] and told[-1] == (3, 3)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_what_has_not_begun_is_left_out_when_the_block_fails(compiled, monkeypatch, error):
-    monkeypatch.setattr(launch.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(startup.os, "cpu_count", lambda: 1)
     compiled.slow = {A, B}  # by one thread, and by that which had begun them
-    with pytest.raises(error), launch.compiling([A, B, D]):
+    with pytest.raises(error), startup.compiling([A, B, D]):
         compiled.begun.acquire()
-        time.sleep(10 * launch.QUICK)  # by now D waits for its turn
+        time.sleep(10 * startup.QUICK)  # by now D waits for its turn
         threading.Timer(0.1, compiled.go.set).start()
         raise error
     assert sorted(compiled.done) == [A, B]

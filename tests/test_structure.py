@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cuqwen import cuda, launch, ops, reference
+from cuqwen import cuda, ops, reference, sources
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cuqwen"
@@ -24,8 +24,8 @@ OPERATIONS = (
     "sample",
 )
 ORDER = (
-    "strict_json", "yarn", "config", "hub", "driver", "launch", "bandwidth", "rope", "sampling", "reference", "tiles", "cuda", "ops", "weights", "cache", "model", "memory", "sizes", "prompt", "decode_step",
-    "decode", "bench", "tokenizer", "generate", "thinking", "startup", "api", "commands", "cli",
+    "strict_json", "yarn", "config", "hub", "checkpoint", "driver", "driver_calls", "sources", "launch", "staging", "bandwidth", "rope", "sampling", "reference", "tiles", "cuda", "ops", "weights", "cache",
+    "model", "memory", "sizes", "prompt", "decode_step", "decode", "bench", "tokenizer", "generate", "thinking", "startup", "api", "commands", "cli",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def _public_functions(module):
 
 
 def test_every_operation_is_a_kernel_file_and_a_function_in_each_module():
-    assert {p.stem for p in launch.KERNEL_FOLDER.glob("*.cu")} == {
+    assert {p.stem for p in sources.KERNEL_FOLDER.glob("*.cu")} == {
         *OPERATIONS,
         "attention_group",
         "attention_mma",
@@ -67,7 +67,7 @@ def test_every_operation_has_tests_a_benchmark_and_an_example(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_kernel_head_names_what_a_reader_needs(name):
-    head = (launch.KERNEL_FOLDER / f"{name}.cu").read_text().split("#include")[0]
+    head = (sources.KERNEL_FOLDER / f"{name}.cu").read_text().split("#include")[0]
     for word in ("Entry point", "Arguments", "Constants", "Work", "Precision", "Traffic", "Determinism", "Wrapper"):
         assert re.search(rf"^// {word}", head, re.M), f"{name}.cu: the head lacks {word!r}"
 
@@ -157,7 +157,7 @@ def test_docstring_examples():
 
 
 def test_pasted_sources_point_at_their_files():
-    text = launch.source("qkv_rope")
+    text = sources.source("qkv_rope")
     assert '#include "' not in text and text.count("warp_sum(float x) {") == 1
     lines = text.splitlines()
     where = {}

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import zipfile
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 from emulator import Sender
 from safetensors.numpy import save_file
 
-from cuqwen import launch, weights
+from cuqwen import checkpoint, staging, weights
 from cuqwen.config import CheckpointError, Config
 from cuqwen.model import Device
 from cuqwen.weights import check_finite, expected_tensors, read
@@ -186,7 +187,7 @@ def test_a_redundant_lm_head_is_not_placed(tmp_path, stored_as):
 
 @pytest.mark.parametrize("stored_as", [ml_dtypes.bfloat16, np.float32])
 def test_an_lm_head_of_its_own_contradicts_tied_embeddings(tmp_path, stored_as, monkeypatch):
-    monkeypatch.setattr(weights, "_WINDOW", 400)  # several chunks: 4 rows of 12 bf16 each
+    monkeypatch.setattr(checkpoint, "_WINDOW", 400)  # several chunks: 4 rows of 12 bf16 each
     tensors = make(TIED)
     head = tensors["model.embed_tokens.weight"].astype(stored_as)
     head[29, 3] += head.dtype.type(1)
@@ -447,7 +448,7 @@ def test_no_tensors_at_all(tmp_path):
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32], ids=["bf16", "f16", "f32"])
 @pytest.mark.parametrize("window", [64 << 20, 200])
 def test_check_finite_names_tensor_count_and_first_index(tmp_path, dtype, window, monkeypatch):
-    monkeypatch.setattr(weights, "_WINDOW", window)  # 200 bytes: two rows a chunk in bf16, one in f32
+    monkeypatch.setattr(checkpoint, "_WINDOW", window)  # 200 bytes: two rows a chunk in bf16, one in f32
     tensors = make(QWEN3, dtype)
     largest = ml_dtypes.finfo(dtype).max
     tensors["model.norm.weight"][:2] = largest, -largest  # finite, if only just
@@ -469,7 +470,7 @@ def test_check_finite_names_tensor_count_and_first_index(tmp_path, dtype, window
 class Sent(Sender):
     """The emulator's, which also counts, fails where it is told to, and is as slow."""
 
-    made, sent, fail_at, seconds = 0, 0, None, 0.0
+    made, closed, sent, fail_at, seconds = 0, 0, 0, None, 0.0
 
     def __init__(self, device, size):
         super().__init__(device, size)
@@ -482,17 +483,20 @@ class Sent(Sender):
         type(self).sent += count
         super().send(array, first, count)
 
+    def close(self):
+        type(self).closed += 1
+
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Matrices are reserved and sent, in pieces of 50 bytes by up to three threads. No thread outlives the call."""
     before = set(threading.enumerate())
-    monkeypatch.setattr(launch, "settled_device", lambda: 0)
-    monkeypatch.setattr(launch, "Sender", type("Fresh", (Sent,), {}))
-    monkeypatch.setattr(weights, "_PIECE", 50)
-    monkeypatch.setattr(weights, "_THREADS", 3)
-    yield launch.Sender
-    assert set(threading.enumerate()) <= before
+    monkeypatch.setattr(staging, "settled_device", lambda: 0)
+    monkeypatch.setattr(staging, "Sender", type("Fresh", (Sent,), {}))
+    for name, value in {"PIECE": 50, "STRETCH": 120, "SHARE": 120, "THREADS": 3}.items():
+        monkeypatch.setattr(staging, name, value)
+    yield staging.Sender
+    assert set(threading.enumerate()) <= before and staging.Sender.closed == staging.Sender.made
 
 
 def reserve(shape, dtype):
@@ -526,18 +530,19 @@ def test_what_a_thread_raises_is_raised(tmp_path, gpu, fail_at):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("after", [0, 2000])
-def test_no_thread_goes_on_when_somebody_stops_it(tmp_path, gpu, error, after):
+def test_no_thread_goes_on_when_somebody_stops_it(tmp_path, gpu, monkeypatch, error, after):
+    monkeypatch.setattr(staging, "STRETCH", 1000)
     save(tmp_path, make(QWEN3))
-    gpu.seconds, told = 0.005, []
+    gpu.seconds, sent = 0.005, []
 
     def progress(done, total):
-        told.append(total)
+        sent.append(gpu.sent)
         if done > after:
             raise error
 
     with pytest.raises(error):
         read(tmp_path, QWEN3, identity, reserve=reserve, progress=progress)
-    assert gpu.sent < told[0] / 2
+    assert gpu.sent <= sent[-1] + 2 * 3 * 50  # what each thread had begun
 
 
 @pytest.mark.parametrize("reserve", [reserve, lambda shape, dtype: None], ids=["sent", "placed"])
@@ -554,13 +559,50 @@ def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path, gpu, reserve):
         read(tmp_path, QWEN3, identity, reserve=reserve, progress=cut)
 
 
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_buffer_is_locked_once_and_unlocked(monkeypatch, locked):
+    calls, pages = [], staging.HUGE_PAGE
+
+    def register(start, size, flags):
+        calls.append(("lock", start, size))
+        if not locked:
+            raise RuntimeError("cudaErrorNotSupported")
+
+    runtime = SimpleNamespace(
+        hostRegister=register,
+        hostUnregister=lambda start: calls.append(("unlock", start)),
+        CUDARuntimeError=RuntimeError,
+    )
+    stream = SimpleNamespace(synchronize=lambda: calls.append(("wait",)))
+    device = SimpleNamespace(use=lambda: calls.append(("use",)))
+    cuda = SimpleNamespace(runtime=runtime, Device=lambda number: device, Stream=lambda non_blocking: stream)
+    monkeypatch.setattr(staging, "cupy", lambda: SimpleNamespace(cuda=cuda))
+    sender = staging.Sender(0, 2 * pages)
+    start = np.frombuffer(sender.buffer, np.uint8).ctypes.data
+    assert start % pages == 0 and len(sender.buffer) == 2 * pages
+
+    class Address(int):
+        def __add__(self, first):
+            return Address(int(self) + first)
+
+        def copy_from_host_async(self, address, count, on):
+            assert on is stream
+            calls.append(("copy", int(self), address.value, count))
+
+    for first, count in ((0, 100), (100, 7)):
+        sender.send(SimpleNamespace(data=Address(1000)), first, count)
+    sender.close()
+    sent = [("copy", 1000, start, 100), ("wait",), ("copy", 1100, start, 7), ("wait",)]
+    assert calls == [("use",), ("lock", start, 2 * pages), *sent, *([("unlock", start)] if locked else [])]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("locked", [True, False])
 def test_sent_bytes_arrive(tmp_path, monkeypatch, locked):
     """Several pieces a tensor, sizes that are no multiples of anything; with page-locked memory and without."""
-    monkeypatch.setattr(weights, "_PIECE", 30001)
+    monkeypatch.setattr(staging, "PIECE", 30001)
     if not locked:
-        monkeypatch.setattr(launch, "_page_locked", bytearray)
+        monkeypatch.setattr(staging, "_page_lock", lambda memory: lambda: None)
     config = dataclasses.replace(QWEN3, hidden_size=1000, intermediate_size=999, vocab_size=3001)
     tensors = make(config)
     save(tmp_path, tensors, shards=2)
@@ -577,12 +619,12 @@ def test_sent_bytes_arrive(tmp_path, monkeypatch, locked):
 PEAK = """
 import resource, sys
 from pathlib import Path
-from cuqwen import weights
+from cuqwen import checkpoint, weights
 from cuqwen.config import Config
 import ml_dtypes, numpy, safetensors
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-weights._WINDOW = 8 << 20
+checkpoint._WINDOW = 8 << 20
 config = Config.from_folder(Path(sys.argv[1]))
 before = peak()
 total = []

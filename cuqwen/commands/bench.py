@@ -3,19 +3,25 @@
 Fields of a row in json and csv; the table leaves out some:
   model              what was measured
   device             the GPU's name, or "cpu"
-  engine             how: "one launch" (one kernel for up to 32 tokens), "portable" (many small kernels in a CUDA graph), "cuda"
-                     (prompts), "numpy", "transformers eager", "transformers static" (static cache and torch.compile)
-  test               ppN: a prompt of N tokens is read; tgN: N tokens are generated; @ dN: after N tokens of context
+  engine             how: "one launch" (one kernel for up to 32 tokens),
+                     "portable" (many small kernels in a CUDA graph), "cuda"
+                     (prompts), "numpy", "transformers eager", "transformers
+                     static" (static cache and torch.compile)
+  test               ppN: a prompt of N tokens is read; tgN: N tokens are
+                     generated; @ dN: after N tokens of context
   n_prompt, n_gen, depth   the same in numbers
-  choice             how tokens are chosen: greedy, sampled (temperature 0.6, top_k 20, top_p 0.95); empty for prompts
+  choice             how tokens are chosen: greedy, sampled (temperature 0.6,
+                     top_k 20, top_p 0.95); empty for prompts
   repetitions        runs that count; one more before them does not
   tokens_per_second  their mean
   deviation          their standard deviation (n - 1), 0 for a single one
-  gb_per_second      1e9 bytes a second that the model must read: weights, and keys and values of the context; the chunk of
-                     a prompt reads the weights once
+  gb_per_second      1e9 bytes a second that the model must read: weights, and
+                     keys and values of the context; the chunk of a prompt
+                     reads the weights once
   percent_of_read    of `read_gb_per_second`
-  read_gb_per_second what this machine's memory gave at the beginning: on a GPU a kernel that reads 2 GiB, on a CPU NumPy's
-                     product of a matrix and a vector
+  read_gb_per_second what this machine's memory gave at the beginning: on a
+                     GPU a kernel that reads 2 GiB, on a CPU NumPy's product
+                     of a matrix and a vector
 """
 
 from __future__ import annotations
@@ -41,8 +47,10 @@ INSTALL = "--compare: transformers is not installed; get it with pip install tor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = """Measure tokens a second of prompts (pp) and of generated tokens (tg), as llama-bench does,
-beside the speed at which this machine's memory can be read, which bounds the second. Token ids are random."""
+    parser.description = """\
+Measure tokens a second of prompts (pp) and of generated tokens (tg), as
+llama-bench does, beside the speed at which this machine's memory can be read,
+which bounds the second. Token ids are random."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (__doc__ or "").split("\n\n", 1)[1]
     model = parser.add_mutually_exclusive_group(required=True)

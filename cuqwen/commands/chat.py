@@ -62,10 +62,7 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--stats: --quiet wants none")
     terminal.use_utf8()
     model = loading.load(given)
-    if not model.tokenizer.has_chat_template and (given.system is not None or given.no_think):
-        raise ValueError(
-            f"{given.model}: --system and --no-think: wanted a chat template, the checkpoint has none; leave them out"
-        )
+    answers.check_template(model, given)
     Chat(model, settings, given).run()
 
 

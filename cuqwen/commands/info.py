@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cpu: measure no GPU")
+    parser.add_argument(
+        "--exact", action="store_true", help="tell of a cache in float32, as --exact keeps it elsewhere"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -35,7 +38,7 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
     folder, headers = hub.read_headers(given.model, revision=given.revision)
     config = Config.from_folder(folder)
-    facts = describe(given.model, config, headers)
+    facts = describe(given.model, config, headers, exact=given.exact)
     if not given.json:
         terminal.use_utf8()
         terminal.write(_text(facts))
@@ -46,8 +49,9 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         terminal.write(_speed_text(speed))
 
 
-def describe(model: str, config: Config, headers: dict[str, Headers]) -> dict[str, Any]:
-    """All that headers tell. Raises CheckpointError where the tensors are not those that config.json asks for."""
+def describe(model: str, config: Config, headers: dict[str, Headers], *, exact: bool = False) -> dict[str, Any]:
+    """All that headers tell, with the cache of `exact` or without. Raises CheckpointError where the tensors are not those
+    that config.json asks for."""
     from cuqwen.cache import KVCache
 
     tensors = _checked(model, config, headers)
@@ -63,7 +67,7 @@ def describe(model: str, config: Config, headers: dict[str, Headers]) -> dict[st
     weights = sum(part["bytes"] for part in parts.values())
     # a token reads all but the embedding, of which it needs one row, unless that is the head as well
     read = weights - (0 if config.tie_word_embeddings else parts["embedding"]["bytes"])
-    per_token = KVCache.bytes_per_token(config, "float16")  # bfloat16 is as wide
+    per_token = KVCache.bytes_per_token(config, "float32" if exact else "float16")  # bfloat16 is as wide
     longest = config.context_length
     contexts = [context for context in CONTEXTS if context < longest] + [longest]
     return {
@@ -77,6 +81,7 @@ def describe(model: str, config: Config, headers: dict[str, Headers]) -> dict[st
         "weight_bytes": weights,
         "duplicate_bytes": copies,
         "read_bytes_per_token": read,
+        "cache_dtype": "float32" if exact else "bfloat16",
         "cache_bytes_per_token": per_token,
         "memory": [{"context": n, "cache_bytes": n * per_token, "bytes": weights + n * per_token} for n in contexts],
     }
@@ -169,7 +174,8 @@ def _text(facts: dict[str, Any]) -> str:
         value = facts["parts"][part]
         size = in_units(value["bytes"]) if value["bytes"] else "-"
         lines.append(f"  {part:14}{value['parameters']:16,}{size:>12}")
-    lines += ["", f"  {'context':14}{'cache (bf16)':>16}{'with weights':>14}"]
+    cache = f"cache ({facts['cache_dtype']})"
+    lines += ["", f"  {'context':14}{cache:>16}{'with weights':>14}"]
     for row in facts["memory"]:
         lines.append(f"  {row['context']:<14,}{in_units(row['cache_bytes']):>16}{in_units(row['bytes']):>14}")
     lines += ["", f"  a token reads {in_units(facts['read_bytes_per_token'])} and the cache"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def measure(model: Any, kind: str, network: Qwen3, n_ids: int, case: Case, repet
 
     rng = np.random.default_rng(0)
     ids = torch.tensor(rng.integers(0, n_ids, (1, max(1, case.depth) + case.n_prompt)), device=model.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on settings that change what is computed
         runs = _prompts(model, ids, case) if case.n_prompt else _answers(model, ids, kind, case)
         next(runs)
         rates = tuple(next(runs) for _ in range(repetitions))

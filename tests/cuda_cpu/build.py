@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from cuqwen import launch
+from cuqwen import launch, sources
 
 HEADERS = Path(__file__).parent
 SANITIZE = "CUQWEN_SANITIZE"  # environment variable: the value of -fsanitize, see `emulator.sanitized`
@@ -149,7 +149,7 @@ def entries(text: str, defines: launch.Defines) -> list[tuple[str, str]]:
 
 def source(file: str) -> str:
     """The text of kernels/<file>.cu, or of <file>.cu for an absolute path; our headers pasted in."""
-    return launch.source(file.removesuffix(".cu")).replace('"kernels//', '"/')
+    return sources.source(file.removesuffix(".cu")).replace('"kernels//', '"/')
 
 
 @functools.cache

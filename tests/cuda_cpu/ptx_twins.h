@@ -57,10 +57,6 @@ inline bool mbarrier_test_wait(mbarrier* b, unsigned parity, emu::Site site = {}
 inline void mbarrier_wait(mbarrier* b, unsigned parity, emu::Site site = {}) {
     while (!emu::mbarrier_ended("mbarrier_wait", site, b, parity)) emu::mbarrier_poll("mbarrier_wait", site, b);
 }
-inline void bulk_copy(void* shared, const void* global, unsigned bytes, mbarrier* b, emu::Site site = {}) {
-    memcpy(emu::bulk_copy("bulk_copy", site, shared, global, bytes, bytes, b), global, bytes);
-    emu::bulk_copy_issued("bulk_copy", site, b);
-}
 inline void bulk_copy_once(void* shared, const void* global, unsigned bytes, mbarrier* b, emu::Site site = {}) {
     memcpy(emu::bulk_copy("bulk_copy_once", site, shared, global, bytes, bytes, b), global, bytes);
     emu::bulk_copy_issued("bulk_copy_once", site, b);
@@ -184,15 +180,6 @@ inline void store_relaxed2(u64* p, u64 x, u64 y, emu::Site site = {}) {
     emu::breathe();
     __atomic_store_n(p + first, first ? y : x, __ATOMIC_RELAXED);
     emu::progress();
-}
-inline void add_release(unsigned* p, unsigned x, emu::Site site = {}) {
-    emu::check_aligned("add_release", site, p);
-    __atomic_fetch_add(p, x, __ATOMIC_RELEASE);
-    emu::progress();
-}
-inline unsigned load_acquire(const unsigned* p, emu::Site site = {}) {
-    emu::check_aligned("load_acquire", site, p);
-    return emu::look("load_acquire", site, p);
 }
 inline void store_host(int* p, int x, emu::Site site = {}) {
     emu::check_aligned("store_host", site, p);

@@ -701,7 +701,7 @@ void check_shared(const char* what, Site site, const void* p, size_t bytes, size
 }
 
 void check_global(const char* what, Site site, const void* p, size_t bytes, size_t alignment) {
-    if (self().block->in_shared(p, bytes ? bytes : 1))
+    if (bytes && self().block->in_shared(p, bytes))
         fail("%s: %p lies in shared memory, wanted an address in global memory", name(what, site).c_str(), p);
     if (reinterpret_cast<uintptr_t>(p) % alignment)
         fail("%s: misaligned address in global memory: %p, wanted a multiple of %zu", name(what, site).c_str(), p, alignment);

@@ -60,7 +60,7 @@ unsigned long long clock_ns();
 
 // ---- the instructions of ptx.cuh ----
 
-// Fails unless `bytes` bytes at p lie in the block's shared memory (global: outside of it) and are aligned.
+// Fails unless `bytes` bytes at p lie in the block's shared memory (global: outside of it, or there are none) and are aligned.
 void check_shared(const char* what, Site site, const void* p, size_t bytes, size_t alignment);
 void check_global(const char* what, Site site, const void* p, size_t bytes, size_t alignment);
 

@@ -46,6 +46,15 @@ extern "C" __global__ void __launch_bounds__(32) fragments(unsigned* out, const 
     for (int i = 0; i < 8; i++) out[i / 4 * 128 + 4 * threadIdx.x + i % 4] = r[i / 4][i % 4];
 }
 
+// out [4] = zeros: no bytes of memory of this block
+extern "C" __global__ void __launch_bounds__(1) copy_of_nothing(float* out) {
+    __shared__ __align__(16) float slot[2][4];
+    cp_async16(slot[0], slot[1], 0);
+    cp_async_commit();
+    cp_async_wait<0>();
+    for (int i = 0; i < 4; i++) out[i] = slot[0][i];
+}
+
 // Fault: x, from which a copy is on its way, is overwritten before the copy is waited for. out [128]
 extern "C" __global__ void __launch_bounds__(32) source_changes(float* out, float* x, bool after_the_wait) {
     __shared__ __align__(16) float slot[128];

@@ -30,8 +30,9 @@ extern "C" __global__ void __launch_bounds__(160) ring(float* out, const float* 
             const unsigned bytes = 4 * COLUMNS;
             if (fault != NO_WAIT_FOR_SLOT) mbarrier_wait(empty + s, parity ^ 1);
             mbarrier_arrive_expect(full + s, bytes + 16 * (fault == TOO_MANY_BYTES_ANNOUNCED) - 16 * (fault == TOO_FEW_BYTES_ANNOUNCED));
-            bulk_copy(slots + s * COLUMNS + (fault == MISALIGNED_SLOT) + 16 * (fault == PAST_THE_SLOTS && s == STAGES - 1),
-                      x + tile * COLUMNS + (fault == MISALIGNED_SOURCE) + 4 * (fault == PAST_THE_END), bytes - 8 * (fault == ODD_SIZE), full + s);
+            bulk_copy_once(slots + s * COLUMNS + (fault == MISALIGNED_SLOT) + 16 * (fault == PAST_THE_SLOTS && s == STAGES - 1),
+                           x + tile * COLUMNS + (fault == MISALIGNED_SOURCE) + 4 * (fault == PAST_THE_END),
+                           bytes - 8 * (fault == ODD_SIZE), full + s);
         }
         return;
     }
@@ -82,27 +83,6 @@ extern "C" __global__ void __launch_bounds__(32) exchange(u64* out, u64* words, 
         x = (sum_x + sum_y) % 1000003, y = (3 * sum_x + sum_y) % 1000003;
     }
     out[64 * blockIdx.x + at] = x, out[64 * blockIdx.x + at + 1] = y;
-}
-
-// The same sums by a barrier of all blocks: what was written before it by ordinary stores is read after it.
-// values [2, blocks, 32]; count, one word, zero.
-extern "C" __global__ void __launch_bounds__(32) exchange_counted(u64* out, u64* values, unsigned* count, int rounds) {
-    const int blocks = gridDim.x, lane = threadIdx.x;
-    u64 mine = 1 + 32 * blockIdx.x + lane;
-    for (int round = 1; round <= rounds; round++) {
-        u64* now = values + round % 2 * blocks * 32;
-        now[32 * blockIdx.x + lane] = mine;
-        __syncthreads();
-        if (lane == 0) {
-            add_release(count, 1);
-            while (load_acquire(count) < unsigned(round * blocks)) {}
-        }
-        __syncthreads();
-        u64 sum = 0;
-        for (int other = 0; other < blocks; other++) sum += __ldcg(now + 32 * other + lane) * (other + 1);
-        mine = sum % 1000003;
-    }
-    out[32 * blockIdx.x + lane] = mine;
 }
 
 // One word passed round all blocks `turns` times; done[block] = turns in which the clock did not go back; times[block] (or

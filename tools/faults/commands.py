@@ -32,6 +32,18 @@ fault(
     "weights - (0 if not config.tie_word_embeddings else", "info::what_it_says_is_what_is_loaded",
 )
 fault(
+    "info-one-cache-for-all", "cuqwen/commands/info.py", '"float32" if exact else "float16")', '"float16")',
+    "info::what_it_says_is_what_is_loaded",
+)
+fault(
+    "cli-quotes-for-all", "cuqwen/cli.py", '"prompt" in options and not', "not",
+    "cli::quotes_are_advised_where_there_is_a_text",
+)
+fault(
+    "budget-without-template", "cuqwen/commands/answers.py", " or options.thinking_budget is not None", "",
+    "cli::chat_options_need_a_template",
+)
+fault(
     "doctor-too-tolerant", CHECKS, "0.16 * self.terms**1.5", "16 * self.terms**1.5",
     "doctor::every_operation_is_compared_with_the_reference",
 )

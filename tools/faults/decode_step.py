@@ -119,11 +119,16 @@ fault("steps-halt-ignored", STEP_CHOICE, "(u64)tag << 32 | unsigned(halted != 0)
 fault("steps-copies-still-on-their-way", STEP, "frames <= SLOTS; frames++", "frames <= 1; frames++", HALT)
 fault("steps-token-of-another-place", STEP, "tokens + next, id", "tokens + next - 1, id", MANY)
 AMONG = "decode_many::a_launch_chooses_among_many"
-fault("lots-late-ones-not-looked-at", STEP_SAMPLED, "for (int n = early + t; n < all;", "for (int n = early + t; n < early;", AMONG)
+fault(
+    "lots-late-ones-not-looked-at", STEP_SAMPLED, "for (int n = early + t; n < all;", "for (int n = early + t; n < early;",
+    AMONG,
+)
 fault("lots-half-of-each", STEP_SAMPLED, "top[j] = max(unsigned(a), unsigned(b));", "top[j] = unsigned(a);", AMONG)
 fault("lots-chosen-in-a-ring-in-use", STEP, "if (chooses()) ring.wait_for_choice(n);", "", AMONG)
 fault("lots-nothing-but-the-late-ones", STEP_SAMPLED, "gather_lots(s, V, rank, 0, before);", "", AMONG)
-fault("heads-together-too-late", "cuqwen/decode.py", ", cached=start + asked - count)", ")", "decode_many::an_answer_grows_to_many_keys")
+fault(
+    "heads-together-too-late", DECODE, ", cached=start + asked - count)", ")", "decode_many::an_answer_grows_to_many_keys"
+)
 fault("answer-cache-behind-its-tokens", DECODE, "start + (int(made[0]) if len(made) else more)", "start", ENDS)
 fault("answer-not-halted", DECODE, "                step.halt[0] = 1\n", "", ENDS)
 fault("answer-halted-for-ever", DECODE, "            step.halt[0] = 0\n", "", ENDS)

@@ -12,8 +12,7 @@ fault(
 )
 fault("plan-vectors-as-stored", MEMORY, "or len(shape) == 1 else", "else", BY_HAND)
 fault(
-    "plan-forgets-k", MEMORY, "    arrays += tokens * c.num_key_value_heads",
-    "    arrays += 0 * c.num_key_value_heads", ALLOCATED,
+    "plan-counts-what-is-not-there", MEMORY, "if not (on_tensor_cores and c.head_dim in (64, 128)):", "if True:", ALLOCATED,
 )
 fault("plan-spends-all", MEMORY, "else (1 - SPARE) * free", "else (1 + SPARE) * free", FITS)
 fault("plan-one-grain-too-many", MEMORY, "fitting = math.floor(", "fitting = math.ceil(", FITS)

@@ -1,6 +1,6 @@
 """The layers, the cache, and single tokens by recorded launches."""
 
-from faults.table import BOTH_SIDES, GIVES_UP, PIECES, TRUTH, TRUTH_BIAS, TRUTH_EPS, TRUTH_UNTIED, fault
+from faults.table import BOTH_SIDES, GIVES_UP, PIECES, TRUTH, TRUTH_BIAS, TRUTH_EPS, TRUTH_UNTIED, bf16, fault
 
 # fmt: off
 MODEL, CACHE, DECODE = "cuqwen/model.py", "cuqwen/cache.py", "cuqwen/decode.py"
@@ -17,11 +17,11 @@ fault(
 )
 fault("model-one-norm-for-both", MODEL, "layer.post_attention_layernorm, eps", "layer.input_layernorm, eps", TRUTH)
 fault("model-eps-fixed", MODEL, "self.weights, self.config.rms_norm_eps", "self.weights, 1e-6", TRUTH_EPS)
-fault("model-head-eps-default", MODEL, "q_ms, k_ms, self.config.rms_norm_eps,", "q_ms, k_ms,", TRUTH_EPS)
+fault("model-head-eps-default", MODEL, "None else self.config.rms_norm_eps, out", "None else 1e-6, out", TRUTH_EPS)
 fault("model-bias-dropped", MODEL, "k_bias=layer.k_bias", "k_bias=None", TRUTH_BIAS)
 fault(
-    "model-k-rounded-before-norm", MODEL, "ops.qk_norm(q, k,",
-    "ops.qk_norm(q, k.astype(self.kv_dtype).astype(k.dtype),", "model::k_is_rounded_once",
+    "model-k-rounded-before-norm", "kernels/qkv_rope_mma.cuh", "low[e] *= scale, high[e] *= scale;",
+    f"low[e] = {bf16('low[e]')} * scale, high[e] = {bf16('high[e]')} * scale;", "model::k_is_rounded_once",
 )
 fault("model-positions-restart", MODEL, "self.positions[start:stop]", "self.positions[: len(ids)]", PIECES)
 fault("model-length-not-advanced", MODEL, "        cache.length = stop\n", "", PIECES)
@@ -49,8 +49,7 @@ fault(
     "x, h, space = x[:rows], h[first:],", CHUNKS,
 )
 fault(
-    "model-stale-keys", MODEL, "rows=positions, out=(heads, keys)", "rows=positions - positions[0], out=(heads, keys)",
-    PIECES,
+    "model-stale-keys", MODEL, "positions, rows=positions,\n", "positions, rows=positions - positions[0],\n", PIECES,
 )
 fault(
     "decoder-position-one-behind", DECODE, "positions[self.cache.length :]", "positions[self.cache.length - 1 :]",

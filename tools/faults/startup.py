@@ -22,10 +22,10 @@ fault(
     "startup::noting_is_for_one_thread_and_ends_with_its_block",
 )
 fault(
-    "compiling-goes-on-after-an-error", LAUNCH, "pool.shutdown(cancel_futures=True)", "pool.shutdown()",
+    "compiling-goes-on-after-an-error", STARTUP, "pool.shutdown(cancel_futures=True)", "pool.shutdown()",
     "startup::what_has_not_begun_is_left_out_when_the_block_fails",
 )
 fault(
-    "kernels-not-awaited", LAUNCH, "        begun.result()\n        missing", "        missing",
+    "kernels-not-awaited", STARTUP, "        begun.result()\n        missing", "        missing",
     "startup::all_is_compiled_when_the_block_ends_and_nobody_is_told_what_is_quick",
 )

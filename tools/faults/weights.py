@@ -3,14 +3,14 @@
 from faults.table import TRUTH_UNTIED, fault
 
 # fmt: off
-WEIGHTS, HUB = "cuqwen/weights.py", "cuqwen/hub.py"
+WEIGHTS, CHECKPOINT, STAGING, HUB = (f"cuqwen/{name}.py" for name in ("weights", "checkpoint", "staging", "hub"))
 
 fault(
-    "unexpected-tensor-accepted", WEIGHTS, "if name not in allowed:",
+    "unexpected-tensor-accepted", CHECKPOINT, "if name not in allowed:",
     "if name not in allowed and not name.endswith('.weight'):", "weights::one_error_lists_all_that_differs",
 )
 fault(
-    "transposed-tensor-accepted", WEIGHTS, "tensor.shape != allowed[name]",
+    "transposed-tensor-accepted", CHECKPOINT, "tensor.shape != allowed[name]",
     "sorted(tensor.shape) != sorted(allowed[name])", "weights::one_error_lists_all_that_differs",
 )
 fault(
@@ -30,18 +30,22 @@ fault(
     'allow_patterns=["config.json", INDEX_FILE, "*.safetensors"]', "info::of_a_hub_id_no_weights_are_downloaded",
 )
 fault(
-    "sent-piece-at-its-tensor", WEIGHTS, "sender.send(array, first, len(memory))", "sender.send(array, 0, len(memory))",
+    "sent-piece-at-its-tensor", STAGING, "sender.send(array, at, len(memory))", "sender.send(array, 0, len(memory))",
     "weights::reserved_tensors_are_filled",
 )
 fault(
-    "sent-buffers-not-awaited", WEIGHTS, "                opened.callback(sender.finish)",
-    "                #", "weights::reserved_tensors_are_filled",
+    "sent-buffers-not-awaited", STAGING, "        self._stream.synchronize()\n", "",
+    "weights::a_buffer_is_locked_once_and_unlocked",
 )
 fault(
-    "reading-goes-on-after-an-error", WEIGHTS, "        stop.set()\n        for thread", "        for thread",
+    "buffers-stay-locked", STAGING, "            sender.close()\n", "            pass\n",
+    "weights::reserved_tensors_are_filled",
+)
+fault(
+    "reading-goes-on-after-an-error", STAGING, "        self._stop.set()\n", "",
     "weights::no_thread_goes_on_when_somebody_stops_it",
 )
 fault(
-    "short-file-read-as-it-is", WEIGHTS, "    if filled < len(memory):", "    if False:",
+    "short-file-read-as-it-is", CHECKPOINT, "    if filled < len(memory):", "    if False:",
     "weights::a_file_that_becomes_shorter_while_it_is_read",
 )
