@@ -47,10 +47,12 @@ def variants() -> Iterator[tuple[str, launch.Defines]]:
         for out, groups in itertools.product(("f32", "bf16"), "12"):
             yield "attention_wgmma", (("OUT_TYPE", out), ("HEAD_DIM", str(dim)), ("GROUPS", groups))
         for x, w, kv in itertools.product(("f32", "bf16"), types, types):
-            head = ("X_TYPE", x), ("W_TYPE", w)
+            head = ("X_TYPE", x), ("W_TYPE", w), ("Q_TYPE", "f32")
             yield "qkv_rope", (*head, ("K_TYPE", kv), ("V_TYPE", kv), ("HEAD_DIM", str(dim)))
             if kv != "f32":  # k waits in float32 for its norm, v goes straight to the cache
                 yield "qkv_rope", (*head, ("K_TYPE", "f32"), ("V_TYPE", kv), ("HEAD_DIM", str(dim)))
+        prompts = (("X_TYPE", "bf16"), ("W_TYPE", "bf16"), ("Q_TYPE", "bf16"))
+        yield "qkv_rope", (*prompts, ("K_TYPE", "bf16"), ("V_TYPE", "bf16"), ("HEAD_DIM", str(dim)))
 
 
 def _run(
@@ -212,10 +214,24 @@ def qkv_rope(
     v_bias: Array | None = None,
     q_norm: Array | None = None,
     k_norm: Array | None = None,
+    eps: float | None = None,
     out: tuple[Array | None, ...] = (None, None, None, None, None),
 ) -> tuple[Array, Array, Array, Array, Array]:
     tokens, width = x.shape
     dim = 2 * cos.shape[1]
+    by_tiles = dim in (64, 128) and tokens > FEW_ROWS and _on_tensor_cores(x, q_proj, k_proj, v_proj)
+    target = out[0]
+    if not by_tiles and (eps is not None or (target is not None and target.dtype != F32)):
+        # where no block has a whole head at hand in the end, and q must wait for its norm in float32
+        q, k, v, q_ms, k_ms = qkv_rope(
+            x, q_proj, k_proj, v_proj, cos, sin, positions, rows=rows, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias,
+            q_norm=q_norm, k_norm=k_norm, out=(None, out[1] if eps is None else None, *out[2:]),
+        )  # fmt: skip
+        target = q if target is None else target
+        if eps is None:
+            target[...] = q
+            return target, k, v, q_ms, k_ms
+        return *qk_norm(q, k, q_ms, k_ms, eps, rows=rows, out=(target, out[1])), v, q_ms, k_ms
     heads, kv_heads = len(q_proj) // dim, len(k_proj) // dim
     shapes = (
         (tokens, heads, dim),
@@ -226,7 +242,7 @@ def qkv_rope(
     )
     q, k, v, q_ms, k_ms = (_allocate(target, shape) for target, shape in zip(out, shapes, strict=True))
     if tokens:
-        types = {"X_TYPE": x, "W_TYPE": q_proj, "K_TYPE": k, "V_TYPE": v, "HEAD_DIM": str(dim)}
+        types = {"X_TYPE": x, "W_TYPE": q_proj, "Q_TYPE": q, "K_TYPE": k, "V_TYPE": v, "HEAD_DIM": str(dim)}
         vectors = map(_float32, (q_bias, k_bias, v_bias, q_norm, k_norm))
         height = next((len(array) for array in out[1:3] if array is not None), tokens)
         sizes = map(np.int32, (tokens, heads, kv_heads, width, len(cos), height))
@@ -239,8 +255,8 @@ def qkv_rope(
         if tokens <= FEW_ROWS and tokens * (heads + kv_heads) * leaves <= launch.WORKSPACE_COUNTERS:
             args = (*args, np.int32(parts), np.int32(leaves), launch.workspace())
             _run("qkv_rope", entry, types, (blocks, heads + 2 * kv_heads), 256, args, dependent=True)
-        elif dim in (64, 128) and tokens > FEW_ROWS and _on_tensor_cores(x, q_proj, k_proj, v_proj):
-            columns = (heads + 2 * kv_heads) * dim
+        elif by_tiles:
+            columns, args = (heads + 2 * kv_heads) * dim, (*args, np.float32(-1 if eps is None else eps))
             _run_tiles("qkv_rope", types, (x, q_proj, k_proj, v_proj), (q, k, v, cos, sin), columns, args, 5, dim)
         else:
             _run("qkv_rope", "qkv_rope_tile", types, (_blocks(tokens, 32), heads + 2 * kv_heads), 2 * dim, args)

@@ -149,9 +149,12 @@ def _workspace_bytes(
     wide = tokens * c.intermediate_size * device.dtype.itemsize
     if device.name == "cpu":
         return 2 * arrays + 3 * wide
-    arrays += tokens * c.num_key_value_heads * c.head_dim * F32.itemsize  # k, which waits in float32 for its norm
-    in_two_products = matrices != {weights.DTYPES["BF16"]} or c.hidden_size % 8  # `swiglu` off the tensor cores
-    return arrays + FIXED_BYTES + (2 * wide if in_two_products else 0)
+    on_tensor_cores = matrices == {weights.DTYPES["BF16"]} and c.hidden_size % 8 == 0
+    if not on_tensor_cores:
+        arrays += 2 * wide  # `swiglu` in two products
+    if not (on_tensor_cores and c.head_dim in (64, 128)):  # q and k, which wait in float32 for their norm
+        arrays += tokens * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim * F32.itemsize
+    return arrays + FIXED_BYTES
 
 
 def _gb(count: int) -> str:

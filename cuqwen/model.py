@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 # Most prompt tokens that go through the layers together, by device: bounds the workspace, and an interrupt takes effect
 # between two chunks.
-CHUNK = {"cpu": 1024, "cuda": 4096}
+CHUNK = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,20 @@ class Workspace(NamedTuple):
 
     x: Array = None  # [T, C] float32: the residual stream
     h: Array = None  # [T, C]: x normalised
-    q: Array = None  # [T, H, D] float32: as projected and rotated
+    q: Array = None  # [T, H, D]: q, then what attention makes of it
     q_ms: Array = None  # [T, H] float32
     k_ms: Array = None  # [T, K] float32
-    heads: Array = None  # [T, H, D]: q normalised, then what attention makes of it; None for the very array q
     inner: Array = None  # [T, F]: gated
 
     @staticmethod
     def shapes(c: Config, tokens: int, dtype: Any, kv_dtype: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """(shape, type) of the arrays, where the products read activations of `dtype` and the cache has `kv_dtype`."""
-        q, k_ms = (tokens, c.num_attention_heads, c.head_dim), (tokens, c.num_key_value_heads)
-        result = {
-            "x": ((tokens, c.hidden_size), F32), "h": ((tokens, c.hidden_size), np.dtype(dtype)), "q": (q, F32),
-            "q_ms": (q[:2], F32), "k_ms": (k_ms, F32), "inner": ((tokens, c.intermediate_size), np.dtype(dtype)),
+        dtype, q, k_ms = np.dtype(dtype), (tokens, c.num_attention_heads, c.head_dim), (tokens, c.num_key_value_heads)
+        short = dtype == kv_dtype == BF16 and c.head_dim in (64, 128)  # what attention has tensor cores for
+        return {
+            "x": ((tokens, c.hidden_size), F32), "h": ((tokens, c.hidden_size), dtype), "q": (q, BF16 if short else F32),
+            "q_ms": (q[:2], F32), "k_ms": (k_ms, F32), "inner": ((tokens, c.intermediate_size), dtype),
         }  # fmt: skip
-        if dtype == kv_dtype == BF16 and c.head_dim in (64, 128):  # what attention has tensor cores for
-            result["heads"] = (q, np.dtype(dtype))
-        return result
 
     def rows(self, first: int, last: int) -> Workspace:
         """The same for the tokens first..last."""
@@ -190,7 +187,7 @@ class Qwen3:
             is_last = layer is weights.layers[-1]
             if is_last and rows == 0:
                 return self.device.empty((0, self.config.vocab_size), self.device.dtype)
-            h = ops.attention(q, keys, values, positions, out=q if space.heads is None else space.heads)
+            h = ops.attention(q, keys, values, positions, out=q)
             if is_last and rows < len(ids):  # of the others no more than k and v is wanted
                 first = len(ids) - rows
                 x, h, space = x[first:], h[first:], space.rows(first, len(ids))
@@ -216,16 +213,11 @@ class Qwen3:
         self, h: Array, layer: LayerWeights, positions: Array, keys: Array, values: Array, space: Workspace
     ) -> Array:
         """Write k and v of the new tokens into their rows of the cache; return q [T, H, D]."""
-        ops = self.device.operations
-        normed = layer.q_norm is not None  # then k stays float32 until its norm is done
-        q, k, _, q_ms, k_ms = ops.qkv_rope(
+        q, *_ = self.device.operations.qkv_rope(
             h, layer.q_proj, layer.k_proj, layer.v_proj, self.cos, self.sin, positions, rows=positions,
             q_bias=layer.q_bias, k_bias=layer.k_bias, v_bias=layer.v_bias, q_norm=layer.q_norm, k_norm=layer.k_norm,
-            out=(space.q, None if normed else keys, values, space.q_ms, space.k_ms),
+            eps=None if layer.q_norm is None else self.config.rms_norm_eps, out=(space.q, keys, values, space.q_ms, space.k_ms),
         )  # fmt: skip
-        if normed:
-            heads = q if space.heads is None else space.heads
-            q, _ = ops.qk_norm(q, k, q_ms, k_ms, self.config.rms_norm_eps, rows=positions, out=(heads, keys))
         return q
 
     def read_bytes_per_token(self, context: int) -> int:

@@ -322,6 +322,7 @@ def qkv_rope(
     v_bias: Array | None = None,
     q_norm: Array | None = None,
     k_norm: Array | None = None,
+    eps: float | None = None,
     out: tuple[Array | None, ...] = (None, None, None, None, None),
 ) -> tuple[Array, Array, Array, Array, Array]:
     """The three attention projections of a normalised input, with bias, gain and rotary embedding of q and k.
@@ -333,9 +334,10 @@ def qkv_rope(
     Returns (q [..., H, D], k [..., K, D], v [..., K, D], q_ms [..., H], k_ms [..., K]), float32. q and k are multiplied by
     their gains and rotated, but not divided by their root mean square: `q_ms` and `k_ms` are the mean squares before the
     gain, and `qk_norm` does the rest. That is exact, because a rotation keeps the sum of squares and a scalar commutes with
-    it. `out` may name any of the five; k and v may be rounded to bf16 or f16 there. With `rows` [...], integers in 0..S-1,
-    k and v of a token go to the row that `rows` has for it of what `out` names, which is then [S, K, D]: the keys and
-    values of a cache. Of tokens with the same row, the last one's stay on NumPy, any one's on the GPU.
+    it. With `eps`, q and k come as `qk_norm` returns them, the same bits, without a trip through memory where that can be.
+    `out` may name any of the five; q may be rounded to bf16 there, k and v to bf16 or f16. With `rows` [...], integers in
+    0..S-1, k and v of a token go to the row that `rows` has for it of what `out` names, which is then [S, K, D]: the keys
+    and values of a cache. Of tokens with the same row, the last one's stay on NumPy, any one's on the GPU.
 
     >>> import numpy as np
     >>> one, x = np.ones((2, 2), np.float32), np.array([[1.0, 2.0]], np.float32)
@@ -371,7 +373,9 @@ def qkv_rope(
     if len(out) != 5:
         raise ValueError(f"qkv_rope: out: wanted five arrays or None (q, k, v, q_ms, k_ms), got {len(out)}")
     heads, kv_heads = len(q_proj) // dim, len(k_proj) // dim
-    check.out("out[0] (q)", out[0], (*check.lead, heads, dim), F32)
+    if eps is not None:
+        _check_eps("qkv_rope", eps)
+    check.out("out[0] (q)", out[0], (*check.lead, heads, dim), ACTIVATIONS)
     check.rows("out[1] (k)", out[1], rows, (kv_heads, dim))
     check.rows("out[2] (v)", out[2], rows, (kv_heads, dim))
     check.out("out[3] (q_ms)", out[3], (*check.lead, heads), F32)
@@ -381,7 +385,7 @@ def qkv_rope(
     targets = zip(out, (2, 2, 2, 1, 1), cached, strict=True)
     results = check.backend.qkv_rope(
         check.flat(x, 1), q_proj, k_proj, v_proj, cos, sin, check.flat(positions, 0), rows=check.flat(rows, 0),
-        q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, q_norm=q_norm, k_norm=k_norm,
+        q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, q_norm=q_norm, k_norm=k_norm, eps=eps,
         out=tuple(array if to_rows else check.flat_out(array, core) for array, core, to_rows in targets),
     )  # fmt: skip
     shaped = zip(results, out, cached, strict=True)

@@ -79,6 +79,7 @@ def qkv_rope(
     v_bias: Array | None = None,
     q_norm: Array | None = None,
     k_norm: Array | None = None,
+    eps: float | None = None,
     out: tuple[Array | None, ...] = (None, None, None, None, None),
 ) -> tuple[Array, Array, Array, Array, Array]:
     dtype = _compute_dtype(x)
@@ -103,7 +104,10 @@ def qkv_rope(
 
     q, k, v = heads(q_proj, q_bias), heads(k_proj, k_bias), heads(v_proj, v_bias)
     squares: list[Array] = [np.mean(np.square(a), axis=-1, dtype=dtype) for a in (q, k)]
-    results = rotate(q, q_norm), rotate(k, k_norm), v, *squares
+    q, k = rotate(q, q_norm), rotate(k, k_norm)
+    if eps is not None:
+        q, k = qk_norm(q, k, squares[0], squares[1], eps)
+    results = q, k, v, *squares
     targets = zip(results, out, (None, rows, rows, None, None), strict=True)
     return tuple(_store(value, target, at) for value, target, at in targets)
 

@@ -42,15 +42,6 @@ constexpr int PITCH = D + 4;  // of a row of sums in shared memory: the lanes of
 struct Parts {
     unsigned last[4], first[4];
 
-    // Two float32 values into three pairs of bf16 that add up to them, the last part first.
-    __device__ static __forceinline__ void cut(float a, float b, unsigned (&parts)[3]) {
-#pragma unroll
-        for (int i = 2; i >= 0; i--) {
-            const unsigned x = __float_as_uint(a), y = __float_as_uint(b);
-            parts[i] = __byte_perm(x, y, 0x7632);  // the upper halves
-            a -= __uint_as_float(x & 0xffff0000u), b -= __uint_as_float(y & 0xffff0000u);
-        }
-    }
     __device__ __forceinline__ Parts() {}
     __device__ __forceinline__ Parts(float a, float b, float c, float d) {
         unsigned low[3], high[3];

@@ -62,17 +62,7 @@ __device__ __forceinline__ void copy(unsigned char* shared, const bf16* from, si
     }
 }
 
-// Two float32 values into three pairs of bf16, the last part first.
-__device__ __forceinline__ void cut(float a, float b, unsigned (&parts)[3]) {
-#pragma unroll
-    for (int i = 2; i >= 0; i--) {
-        const unsigned x = __float_as_uint(a), y = __float_as_uint(b);
-        parts[i] = __byte_perm(x, y, 0x7632);  // the upper halves
-        a -= __uint_as_float(x & 0xffff0000u), b -= __uint_as_float(y & 0xffff0000u);
-    }
-}
-
-// The same for float32 rows in three parts, one behind the other; all is there when this returns.
+// The same for float32 rows, cut into three parts, one behind the other; all is there when this returns.
 template <int COUNT>
 __device__ __forceinline__ void copy(unsigned char* shared, const float* from, size_t pitch, int rows) {
     constexpr int PIECES = D / 8, STEP = THREADS / PIECES;

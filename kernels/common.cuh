@@ -29,6 +29,16 @@ __device__ __forceinline__ float inverse_sqrt(float x) {
     return y * fmaf(-0.5f * x * y, y, 1.5f);
 }
 
+// Two float32 values into three pairs of bf16 that add up to them, the last part first: 8 of 24 bits each, so that it is exact.
+__device__ __forceinline__ void cut(float a, float b, unsigned (&parts)[3]) {
+#pragma unroll
+    for (int i = 2; i >= 0; i--) {
+        const unsigned x = __float_as_uint(a), y = __float_as_uint(b);
+        parts[i] = __byte_perm(x, y, 0x7632);  // the upper halves
+        a -= __uint_as_float(x & 0xffff0000u), b -= __uint_as_float(y & 0xffff0000u);
+    }
+}
+
 // Eight consecutive elements from a 16-byte aligned address.
 __device__ __forceinline__ void load8(const f32* p, float (&v)[8]) {
     const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];

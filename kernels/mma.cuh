@@ -116,24 +116,17 @@ struct MmaTile {
         for (int j = 0; j < NJ / 2; j++) ldmatrix_x4(f.w[j], at + fragment_column(2 * j) * W_PITCH);
     }
 
-    // Two float32 values into three pairs of bf16.
-    __device__ static __forceinline__ void cut(unsigned a, unsigned b, unsigned& hi, unsigned& mid, unsigned& lo) {
-        hi = __byte_perm(a, b, 0x7632);  // the upper halves
-        const float a1 = __uint_as_float(a) - __uint_as_float(a & 0xffff0000u);
-        const float b1 = __uint_as_float(b) - __uint_as_float(b & 0xffff0000u);
-        a = __float_as_uint(a1), b = __float_as_uint(b1);
-        mid = __byte_perm(a, b, 0x7632);
-        const float a2 = a1 - __uint_as_float(a & 0xffff0000u), b2 = b1 - __uint_as_float(b & 0xffff0000u);
-        lo = __byte_perm(__float_as_uint(a2), __float_as_uint(b2), 0x7632);  // 8 bits are left: exact
-    }
-
     __device__ static __forceinline__ void multiply(float (&sum)[MI][NJ][4], const Fragments& f) {
 #pragma unroll
         for (int m = 0; m < MI; m++) {
             if constexpr (CUT) {
                 unsigned parts[3][4];
 #pragma unroll
-                for (int e = 0; e < 4; e++) cut(f.x[m][2 * e], f.x[m][2 * e + 1], parts[2][e], parts[1][e], parts[0][e]);
+                for (int e = 0; e < 4; e++) {
+                    unsigned pairs[3];
+                    cut(__uint_as_float(f.x[m][2 * e]), __uint_as_float(f.x[m][2 * e + 1]), pairs);
+                    parts[0][e] = pairs[0], parts[1][e] = pairs[1], parts[2][e] = pairs[2];
+                }
 #pragma unroll
                 for (int part = 0; part < 3; part++)
 #pragma unroll

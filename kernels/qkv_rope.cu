@@ -7,7 +7,8 @@
 //     out[h, d + D/2] = b[h, d + D/2] cos[p, d] + b[h, d] sin[p, d]
 //
 // The gain comes before the rotation, as Qwen3 has it; the scalar 1/sqrt(ms + eps) commutes with the rotation and is
-// left to qk_norm, so that this product and that norm stay two steps with float32 in between.
+// left to qk_norm, so that this product and that norm stay two steps with float32 in between. They do where the tensor cores'
+// entry points take the second step as well, on a whole head in registers: the same operations, the same bits.
 //
 // Entry points qkv_rope_row           T = 1: `parts` warps a rotation pair, so that the rotation is at home; a head's blocks add up
 //                                     its mean square as they finish
@@ -17,7 +18,7 @@
 //              qkv_rope_wgmma_wide, _turns, _middle   the same with x bf16 on Hopper, q, k and v 16-byte aligned: tiles of 128 tokens
 //                                     and 256 or 128 elements of heads (wgmma.cuh)
 //              qkv_rope_tile          otherwise: a block one head of 32 tokens, so the whole head is at hand afterwards
-// Arguments    q       [T, H, D]  float32      q_ms  [T, H]  float32
+// Arguments    q       [T, H, D]  Q_TYPE       q_ms  [T, H]  float32
 //              k       [T, K, D]  K_TYPE       k_ms  [T, K]  float32
 //              v       [T, K, D]  V_TYPE
 //              x       [T, C]     X_TYPE, normalised
@@ -30,21 +31,22 @@
 //                                 outside 0..S-1 is not stored
 //              T, H, K, C, P, S   int32
 //              qkv_rope_wgmma_*: x and the weights are maps of these matrices (launch.tensor_map) with boxes of 128 and 64 rows
+//              eps                float32, of qkv_rope_mma_* and _wgmma_*: what qk_norm does to q and k follows; negative: not
 //              parts, leaves      int32, of qkv_rope_row(s): 1, 2, 4 or 8 warps a pair: cuda._parts;
 //                                 the lowest power of two that is not below gridDim.x
 //              places             [T (H + K) leaves] int32, of qkv_rope_row(s): zeros, and left so
-// Constants    X_TYPE  bf16 | f32
+// Constants    X_TYPE, Q_TYPE  bf16 | f32
 //              W_TYPE, K_TYPE, V_TYPE  bf16 | f16 | f32      HEAD_DIM  D, a multiple of 4 from 4 to 256
 // Work         qkv_rope_row(s): 8 warps a block; up to 0.8 KB of shared memory; grid (ceil(D parts / 16), rows: / 32, H + 2 K)
 //              qkv_rope_mma_*: 128 threads (wide, x f32: 256); grid one block a tile; shared bytes: tiles.shapes
 //              qkv_rope_wgmma_*: 384 threads; grid pairs of blocks, as many as there are or run at once: a block takes tile
 //              after tile; shared bytes: tiles.shapes
 //              qkv_rope_tile: 2 D threads, 4 x 4 products each; about 0.25 KB x D of shared memory; grid (ceil(T/32), H + 2 K)
-// Precision    products, sums, bias, gain, rotation in float32; one rounding, where k and v are stored narrower
+// Precision    products, sums, bias, gain, rotation in float32; one rounding, where q, k and v are stored narrower
 // Error bound  row(s): (C/32 + 18) eps32, tile: (C + 6) eps32, mma: (11/8 C + 4) eps32 (x bf16), (C/32 + 94) eps32 (x f32),
 //              wgmma: (21/32 C + 4) eps32,
 //              times sum_c |x w| times the gain; see matmul.cu and mma.cuh, and 4 for
-//              bias, gain and rotation. Mean squares: twice the relative error of a, and 11 eps32
+//              bias, gain and rotation. Mean squares: twice the relative error of a, and 11 eps32. With eps those of qk_norm
 // Traffic      (H + 2 K) D C sizeof(W_TYPE) bytes of weights for each 32 tokens (row(s): 4), 2 T (H + 2 K) D C FLOP
 // Determinism  fixed order of summation. Within an entry point a row's result does not depend on the other rows; the
 //              rows, the tile and tensor cores sum in different orders and so differ within the error bound. qkv_rope_row and
@@ -62,7 +64,7 @@
         const int row = head.rows ? head.rows[t] : (t);                       \
         const size_t at = ((size_t)row * head.heads + head.index) * D + (d);  \
         if (head.rows && (row < 0 || row >= S)) break;                        \
-        if (blockIdx.y < H) q[at] = (value);                                  \
+        if (blockIdx.y < H) store(q + at, (value));                           \
         else if (blockIdx.y < H + K) store(k + at, (value));                  \
         else store(v + at, (value));                                          \
     } while (0)
@@ -190,27 +192,33 @@ typedef WideTile<X_TYPE, HALF_HEAD> Wide;
 typedef MiddleTile<X_TYPE, D == 64 ? MIDDLE_COLUMNS<X_TYPE> : 128, HALF_HEAD> Middle;
 typedef FewTile<X_TYPE, 2 * HALF_HEAD, HALF_HEAD / 2, 32, HALF_HEAD> Few;
 
-extern "C" __global__ void __launch_bounds__(Wide::THREADS, 256 / Wide::THREADS) qkv_rope_mma_wide(PARAMETERS) { tensor_heads<Wide>(ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(Wide::THREADS, 256 / Wide::THREADS) qkv_rope_mma_wide(PARAMETERS, float eps) {
+    tensor_heads<Wide>(ARGUMENTS, eps);
+}
 
-extern "C" __global__ void __launch_bounds__(Middle::THREADS, 2) qkv_rope_mma_middle(PARAMETERS) { tensor_heads<Middle>(ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(Middle::THREADS, 2) qkv_rope_mma_middle(PARAMETERS, float eps) {
+    tensor_heads<Middle>(ARGUMENTS, eps);
+}
 
-extern "C" __global__ void __launch_bounds__(Few::THREADS) qkv_rope_mma_few(PARAMETERS) { tensor_heads<Few>(ARGUMENTS); }
+extern "C" __global__ void __launch_bounds__(Few::THREADS) qkv_rope_mma_few(PARAMETERS, float eps) {
+    tensor_heads<Few>(ARGUMENTS, eps);
+}
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-qkv_rope_wgmma_wide(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
-    wgmma_heads<WgmmaWide<64>>(ARGUMENTS);
+qkv_rope_wgmma_wide(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap), float eps) {
+    wgmma_heads<WgmmaWide<64>>(ARGUMENTS, eps);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-qkv_rope_wgmma_turns(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
-    wgmma_heads<WgmmaTurns<64>>(ARGUMENTS);
+qkv_rope_wgmma_turns(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap), float eps) {
+    wgmma_heads<WgmmaTurns<64>>(ARGUMENTS, eps);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WGMMA_THREADS, 1)
-qkv_rope_wgmma_middle(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap)) {
-    wgmma_heads<WgmmaMiddle<64>>(ARGUMENTS);
+qkv_rope_wgmma_middle(PARAMETERS_OF(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap), float eps) {
+    wgmma_heads<WgmmaMiddle<64>>(ARGUMENTS, eps);
 }
 
 #endif

@@ -38,7 +38,7 @@ __device__ __forceinline__ void rotate(float& low, float& high, float c, float s
 }
 
 #define PARAMETERS_OF(X, W)                                                                                         \
-    float *__restrict__ q, K_TYPE *__restrict__ k, V_TYPE *__restrict__ v, float *__restrict__ q_ms,                    \
+    Q_TYPE *__restrict__ q, K_TYPE *__restrict__ k, V_TYPE *__restrict__ v, float *__restrict__ q_ms,                    \
         float *__restrict__ k_ms, X x, W q_proj, W k_proj, W v_proj, const float *__restrict__ q_bias,                  \
         const float *__restrict__ k_bias, const float *__restrict__ v_bias, const float *__restrict__ q_norm,           \
         const float *__restrict__ k_norm, const float *__restrict__ cos, const float *__restrict__ sin,                 \

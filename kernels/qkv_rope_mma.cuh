@@ -5,7 +5,7 @@
 #include "qkv_rope_head.cuh"
 
 // A tile of whole heads, one or two; a thread holds rotation pairs (see MmaTile).
-template <class Tile> __device__ __forceinline__ void tensor_heads(PARAMETERS) {
+template <class Tile> __device__ __forceinline__ void tensor_heads(PARAMETERS, float eps) {
     if constexpr (on_tensor_cores<W_TYPE> && (D == 64 || D == 128)) {
         constexpr int HEADS = Tile::BN / D;
         static_assert(HEADS <= 2);
@@ -77,10 +77,12 @@ template <class Tile> __device__ __forceinline__ void tensor_heads(PARAMETERS) {
                 if (head.rotated) {
                     squares = warp_sum(squares);
                     if (lane == 0 && t < T) head.ms[(size_t)t * head.heads + head.index] = squares / D;
+                    const float scale = eps >= 0.0f ? 1.0f / sqrtf(squares / D + eps) : 1.0f;
 #pragma unroll
                     for (int e = 0; e < PER; e++) {
                         low[e] *= gain[0][e], high[e] *= gain[1][e];
                         rotate(low[e], high[e], c[i][e], s[i][e]);
+                        low[e] *= scale, high[e] *= scale;
                     }
                 }
                 const int row = __shfl_sync(0xffffffffu, its_target, (first + i) % 32);

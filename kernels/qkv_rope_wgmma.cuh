@@ -4,7 +4,7 @@
 #include "wgmma.cuh"
 
 // A tile of whole heads; a thread holds rotation pairs, four lanes the heads of a row.
-template <class Tile> __device__ __forceinline__ void wgmma_heads(PARAMETERS_OF(const TensorMap&, const TensorMap&)) {
+template <class Tile> __device__ __forceinline__ void wgmma_heads(PARAMETERS_OF(const TensorMap&, const TensorMap&), float eps) {
     if constexpr (on_tensor_cores<X_TYPE> && on_tensor_cores<W_TYPE> && (D == 64 || D == 128)) {
         DYNAMIC_SHARED(unsigned char, shared);
         constexpr int BLOCKS = D / 8, HALF = BLOCKS / 2;  // of 8 columns: of a head, of half a head
@@ -33,6 +33,7 @@ template <class Tile> __device__ __forceinline__ void wgmma_heads(PARAMETERS_OF(
 #pragma unroll
                         for (int e = 0; e < 4; e++)
                             acc[n * BLOCKS + j][e] += head.bias[head.index * D + 8 * j + lane % 4 * 2 + e % 2];
+                float scale[2] = {1.0f, 1.0f};
                 if (head.rotated)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
@@ -48,13 +49,16 @@ template <class Tile> __device__ __forceinline__ void wgmma_heads(PARAMETERS_OF(
                         squares += __shfl_xor_sync(0xffffffffu, squares, 1);
                         squares += __shfl_xor_sync(0xffffffffu, squares, 2);
                         if (lane % 4 == 0 && t < T) head.ms[(size_t)t * head.heads + head.index] = squares / D;
+                        if (eps >= 0.0f) scale[half] = 1.0f / sqrtf(squares / D + eps);
                     }
                 int target[4];
+                float scale_of[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int t = row + 4 * i;
                     target[i] = t >= T ? -1 : head.rows ? head.rows[t] : t;
                     if (head.rows && target[i] >= S) target[i] = -1;
+                    scale_of[i] = __shfl_sync(0xffffffffu, scale[i / 2], 16 * (i % 2) + lane / 8 * 4);
                 }
 #pragma unroll
                 for (int first = 0; first < HALF; first += 4) {
@@ -88,6 +92,7 @@ template <class Tile> __device__ __forceinline__ void wgmma_heads(PARAMETERS_OF(
                             for (int e = 0; e < 4; e++) {
                                 low[e] *= g[e], high[e] *= g[e + 4];
                                 rotate(low[e], high[e], c[e], s[e]);
+                                low[e] *= scale_of[i], high[e] *= scale_of[i];
                             }
                         }
                         if (target[i] < 0) continue;

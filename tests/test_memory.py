@@ -233,15 +233,13 @@ def test_free_main_memory(tmp_path):
     assert memory.free_bytes(Device.cpu()) is None or memory.free_bytes(Device.cpu()) > 1 << 20
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("exact", [False, True])
-def test_peak_of_the_gpu_is_within_the_plan(monkeypatch, exact):
-    """The most that CuPy's pools, recordings' own among them, have handed out at a time: while weights are read, and prompts of
-    several chunks and answers. What was planned for, but for most of what is planned without a pool knowing of it: kernels."""
+@pytest.fixture
+def pools():
+    """Bytes that CuPy's pools, recordings' own among them, have handed out: `live` now, `most` at a time."""
     hooks = pytest.importorskip("cupy.cuda.memory_hook")
 
-    class Peak(hooks.MemoryHook):
-        name, live, most = "Peak", 0, 0
+    class Pools(hooks.MemoryHook):
+        name, live, most = "Pools", 0, 0
 
         def malloc_postprocess(self, **call):
             self.live += call["mem_size"]
@@ -250,15 +248,39 @@ def test_peak_of_the_gpu_is_within_the_plan(monkeypatch, exact):
         def free_preprocess(self, **call):
             self.live -= call["mem_size"]
 
+    with Pools() as hook:
+        yield hook
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exact", [False, True])
+def test_peak_of_the_gpu_is_within_the_plan(monkeypatch, pools, exact):
+    """While weights are read, and prompts of several chunks and answers. What was planned for, but for most of what is planned
+    without a pool knowing of it: kernels."""
     monkeypatch.setattr(memory, "CHUNK", {"cuda": 512})
     ids = np.resize(checkpoints.heldout_sequences(1, 256)[0], 2000)
-    with Peak() as peak:
-        model = cuqwen.load("demo", device="cuda", exact=exact)
-        for count in (2000, 500, 500, 20, 20):
-            model.generate(ids[:count], max_tokens=20, temperature=0)
-            ids = ids[::-1]
+    model = cuqwen.load("demo", device="cuda", exact=exact)
+    for count in (2000, 500, 500, 20, 20):
+        model.generate(ids[:count], max_tokens=20, temperature=0)
+        ids = ids[::-1]
     arrays = model.memory_plan.total - FIXED_BYTES
-    assert arrays <= peak.most <= arrays + (8 << 20)
+    assert arrays <= pools.most <= arrays + (8 << 20)
+
+
+@pytest.mark.gpu
+def test_a_closed_model_gives_its_memory_back(pools):
+    """At once, and its pool to the driver: weights, cache, recordings."""
+    ids = np.resize(checkpoints.heldout_sequences(1, 256)[0], 1500)
+    launch.release_memory()
+    pool = launch.cupy().get_default_memory_pool()
+    before = pool.total_bytes()
+    for _ in range(2):
+        with cuqwen.load("demo", device="cuda") as model:
+            for count in (1500, 20, 20):
+                model.generate(ids[:count], max_tokens=20, temperature=0)
+            assert len(model.logits(ids[:300])) == 300
+            assert pools.live > model.memory_plan.weights > 10 << 20
+        assert max(pools.live, pool.total_bytes() - before) < 1 << 20
 
 
 def test_the_plan_bounds_what_numpy_takes(tmp_path):

@@ -395,8 +395,7 @@ def test_a_failure_inside_a_step_leaves_the_sequence_as_it_was(monkeypatch):
         ({"kv_dtype": "float32"}, np.float32),
     ],
 )
-def test_exact_keeps_the_cache_in_float32(emulated_gpu, monkeypatch, given, kv_dtype):
-    monkeypatch.setattr(launch, "release_staging", lambda: None)
+def test_exact_keeps_the_cache_in_float32(emulated_gpu, given, kv_dtype):
     model = cuqwen.load("demo", device="cuda", **given)
     config = model.config
     assert model.network.kv_dtype == kv_dtype and (model.network.dtype == BF16) is ("exact" not in given)

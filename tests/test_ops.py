@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cuqwen import cuda, launch, ops, reference, rope_table, tiles
+from cuqwen import cuda, driver, launch, ops, reference, rope_table, tiles
 
 F32, F16, BF16 = np.float32, np.float16, ml_dtypes.bfloat16
 STORAGE = (BF16, F16, F32)
@@ -693,9 +693,7 @@ def test_the_tile_that_is_chosen():
     assert [choice(rows, 4096, BF16, 128) for rows in (5, 2048)] == ["mma_few", "mma_wide"]
 
 
-@pytest.mark.parametrize("x_type", [BF16, F32])
-@pytest.mark.parametrize("T,N,C", [(5, 31, 72), (17, 40, 136), (70, 257, 8), (130, 66, 264)])
-def test_products_of_many_rows(side, rng, shape, T, N, C, x_type):
+def check_products(side, rng, T, N, C, x_type):
     """Ragged in rows, columns and depth; in place; what lies beside the output stays."""
     x, weights = random(rng, (T, C), x_type), [random(rng, (N, C), BF16, C**-0.5) for _ in range(2)]
     residual, memory = random(rng, (T, N)), side.put(poisoned((T + 2, N)))
@@ -710,6 +708,12 @@ def test_products_of_many_rows(side, rng, shape, T, N, C, x_type):
         got = side.get(memory)
         assert_close(got[1 : T + 1], *swiglu_truth(x, *weights))
         assert np.all(np.isnan(got[[0, T + 1]].astype(F32)))
+
+
+@pytest.mark.parametrize("x_type", [BF16, F32])
+@pytest.mark.parametrize("T,N,C", [(5, 31, 72), (17, 40, 136), (70, 257, 8), (130, 66, 264)])
+def test_products_of_many_rows(side, rng, shape, T, N, C, x_type):
+    check_products(side, rng, T, N, C, x_type)
 
 
 @pytest.mark.parametrize("x_type", [BF16, F32])
@@ -739,47 +743,61 @@ def test_the_largest_float32_row(side, shape):
     assert np.array_equal(got, x)
 
 
-@pytest.mark.parametrize("x_type", [BF16, F32])
-@pytest.mark.parametrize("D", [64, 128])
-def test_a_row_is_the_same_in_every_tile(side, rng, monkeypatch, x_type, D):
-    """Bit for bit, among 5 rows, 33 or 130."""
-    if side is Reference:
-        pytest.skip("the order in which OpenBLAS adds depends on the shape")
-    inputs = qkv_inputs(rng, 130, 2, 1, D, 104, bias=True)
-    x, gate, up = random(rng, (130, 104), x_type), *(random(rng, (40, 104), BF16) for _ in range(2))
+def check_tiles_agree(side, rng, monkeypatch, D, N, x_type, parts):
+    """Each (tile, slice of the rows) of `parts` against the first, which has them all: bit for bit."""
+    inputs = qkv_inputs(rng, parts[0][1].stop, 2, 1, D, 104, bias=True)
+    x, gate, up = inputs["x"].astype(x_type), *(random(rng, (N, 104), BF16) for _ in range(2))
     whole = None
-    for shape, few in (
-        ("mma_wide", slice(0, 130)),
-        ("mma_middle", slice(0, 130)),
-        ("mma_few", slice(60, 93)),
-        ("mma_wide", slice(3, 8)),
-    ):
-        monkeypatch.setattr(tiles, "choose", lambda *_, shape=shape: shape)
+    for tile, few in parts:
         rows = side.put(x[few])
-        part = run_qkv_rope(side, {**inputs, "x": x[few], "positions": inputs["positions"][few]})
-        part += ops.matmul(rows, side.put(gate)), ops.swiglu(rows, side.put(gate), side.put(up))
-        results = [side.get(array) for array in part]
+        with_heads = tile if tile != "wgmma_few" else "wgmma_middle"
+        monkeypatch.setattr(tiles, "choose", lambda *_, tile=with_heads: tile)
+        results = run_qkv_rope(side, {**inputs, "x": x[few], "positions": inputs["positions"][few]})
+        monkeypatch.setattr(tiles, "choose", lambda *_, tile=tile: tile)
+        results += ops.matmul(rows, side.put(gate)), ops.swiglu(rows, side.put(gate), side.put(up))
+        results = [side.get(array) for array in results]
         whole = whole or results
         for got, expected in zip(results, whole, strict=True):
             assert np.array_equal(got, expected[few])
 
 
 @pytest.mark.parametrize("x_type", [BF16, F32])
-@pytest.mark.parametrize("bias,gain", [(False, True), (True, False)])
-@pytest.mark.parametrize("T,H,K,D,C", [(17, 1, 1, 128, 40), (65, 2, 1, 128, 72), (66, 3, 2, 64, 40)])
-def test_qkv_rope_of_many_rows(side, rng, shape, T, H, K, D, C, bias, gain, x_type):
-    """Whole heads a tile, one or two, of one kind or of two; k and v to rows of a cache, in any order."""
+@pytest.mark.parametrize("D", [64, 128])
+def test_a_row_is_the_same_in_every_tile(side, rng, monkeypatch, x_type, D):
+    if side is Reference:
+        pytest.skip("the order in which OpenBLAS adds depends on the shape")
+    parts = (
+        ("mma_wide", slice(0, 130)),
+        ("mma_middle", slice(0, 130)),
+        ("mma_few", slice(60, 93)),
+        ("mma_wide", slice(3, 8)),
+    )
+    check_tiles_agree(side, rng, monkeypatch, D, 40, x_type, parts)
+
+
+def check_heads(side, rng, T, H, K, D, C, bias, gain, x_type, cached):
+    """k and v to rows of a cache of `cached` rows, in any order; those outside of it go nowhere."""
     inputs, rows = qkv_inputs(rng, T, H, K, D, C, bias=bias, gain=gain), rng.permutation(T + 3)[:T].astype(np.int32)
     inputs["x"] = inputs["x"].astype(x_type)
     q, q_ms, k_ms = (side.put(poisoned(shape)) for shape in ((T, H, D), (T, H), (T, K)))
-    keys, values = side.put(poisoned((T + 3, K, D))), side.put(poisoned((T + 3, K, D), BF16))
+    keys, values = side.put(poisoned((cached, K, D))), side.put(poisoned((cached, K, D), BF16))
     run_qkv_rope(side, inputs, out=(q, keys, values, q_ms, k_ms), rows=side.put(rows))
-    truths = qkv_truth(**inputs)
-    others = np.setdiff1d(np.arange(T + 3), rows)
-    for array, (truth, bound), cached in zip((q, keys, values, q_ms, k_ms), truths, (0, 1, 1, 0, 0), strict=True):
+    truths, stored = qkv_truth(**inputs), rows < cached
+    others = np.setdiff1d(np.arange(cached), rows)
+    for array, (truth, bound) in zip((q, q_ms, k_ms), (truths[0], *truths[3:]), strict=True):
+        assert_close(side.get(array), truth, bound)
+    for array, (truth, bound) in zip((keys, values), truths[1:3], strict=True):
         got = side.get(array)
-        assert_close(got[rows] if cached else got, truth, bound)
-        assert not cached or np.all(np.isnan(got[others].astype(F32)))
+        assert_close(got[rows[stored]], truth[stored], bound[stored])
+        assert np.all(np.isnan(got[others].astype(F32)))
+
+
+@pytest.mark.parametrize("x_type", [BF16, F32])
+@pytest.mark.parametrize("bias,gain", [(False, True), (True, False)])
+@pytest.mark.parametrize("T,H,K,D,C", [(17, 1, 1, 128, 40), (65, 2, 1, 128, 72), (66, 3, 2, 64, 40)])
+def test_qkv_rope_of_many_rows(side, rng, shape, T, H, K, D, C, bias, gain, x_type):
+    """Whole heads a tile, one or two, of one kind or of two."""
+    check_heads(side, rng, T, H, K, D, C, bias, gain, x_type, cached=T + 3)
 
 
 @pytest.mark.parametrize(
@@ -1125,7 +1143,7 @@ def test_a_dependent_launch_as_the_driver_gets_it(monkeypatch):
         return 0 if function.value == 99 else 801
 
     stream = SimpleNamespace(ptr=77)
-    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=launched))
+    monkeypatch.setattr(driver, "library", lambda: SimpleNamespace(cuLaunchKernelEx=launched))
     cuda = SimpleNamespace(get_current_stream=lambda: stream)
     monkeypatch.setattr(launch, "cupy", lambda: SimpleNamespace(cuda=cuda))
     array = np.zeros(3, np.float32)

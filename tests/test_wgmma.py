@@ -14,7 +14,10 @@ from test_ops import (
     Gpu,
     Reference,
     assert_close,
+    check_heads,
     check_matmul,
+    check_products,
+    check_tiles_agree,
     poisoned,
     qkv_inputs,
     qkv_truth,
@@ -69,39 +72,14 @@ def heads_tile(tile):
     "T,N,C", [(5, 32, 72), (129, 48, 136), (70, 272, 8), (257, 80, 264), (130, 144, 64), (2048, 16, 8)]
 )
 def test_products(side, rng, tile, T, N, C):  # noqa: F811
-    """Ragged in rows, columns and depth; in place; what lies beside the output stays."""
-    x, weights = random(rng, (T, C), BF16), [random(rng, (N, C), BF16, C**-0.5) for _ in range(2)]
-    residual, memory = random(rng, (T, N)), side.put(poisoned((T + 2, N)))
-    stream = memory[1 : T + 1]
-    stream[...] = side.put(residual)
-    got, truth, bound = check_matmul(side, x, weights[0], residual=stream, out=stream)
-    assert_close(got, truth + residual, bound + EPS32 * np.abs(truth + residual))
-    assert np.all(np.isnan(side.get(memory)[[0, T + 1]]))
-    for out_type in (F32, BF16):
-        memory = side.put(poisoned((T + 2, N), out_type))
-        ops.swiglu(side.put(x), *map(side.put, weights), out=memory[1 : T + 1])
-        got = side.get(memory)
-        assert_close(got[1 : T + 1], *swiglu_truth(x, *weights))
-        assert np.all(np.isnan(got[[0, T + 1]].astype(F32)))
+    check_products(side, rng, T, N, C, BF16)
 
 
 @pytest.mark.parametrize("bias,gain", [(False, True), (True, False)])
 @pytest.mark.parametrize("T,H,K,D,C", [(17, 1, 1, 128, 40), (129, 2, 1, 128, 72), (66, 3, 2, 64, 136)])
 def test_heads(side, rng, heads_tile, T, H, K, D, C, bias, gain):  # noqa: F811
-    """Tiles of one head to four, of one kind or of several; k and v to rows of a cache, in any order, some outside of it."""
-    inputs, rows = qkv_inputs(rng, T, H, K, D, C, bias=bias, gain=gain), rng.permutation(T + 3)[:T].astype(np.int32)
-    inputs["x"] = inputs["x"].astype(BF16)
-    q, q_ms, k_ms = (side.put(poisoned(shape)) for shape in ((T, H, D), (T, H), (T, K)))
-    keys, values = side.put(poisoned((T + 2, K, D))), side.put(poisoned((T + 2, K, D), BF16))
-    run_qkv_rope(side, inputs, out=(q, keys, values, q_ms, k_ms), rows=side.put(rows))
-    truths = qkv_truth(**inputs)
-    stored, others = rows < T + 2, np.setdiff1d(np.arange(T + 2), rows)
-    for array, (truth, bound), cached in zip((q, keys, values, q_ms, k_ms), truths, (0, 1, 1, 0, 0), strict=True):
-        got = side.get(array)
-        assert_close(
-            got[rows[stored]] if cached else got, *((truth[stored], bound[stored]) if cached else (truth, bound))
-        )
-        assert not cached or np.all(np.isnan(got[others].astype(F32)))
+    """Tiles of one head to four, of one kind or of several."""
+    check_heads(side, rng, T, H, K, D, C, bias, gain, BF16, cached=T + 2)
 
 
 def test_a_position_outside_of_the_table(side, rng, heads_tile):  # noqa: F811
@@ -123,28 +101,12 @@ def test_sums_of_one_sign(side, rng, tile):  # noqa: F811
 
 @pytest.mark.parametrize("D", [64, 128])
 def test_a_row_is_the_same_in_every_tile(side, rng, monkeypatch, D):  # noqa: F811
-    """Bit for bit, among 5 rows or 260."""
     needs_wgmma(side)
     if side is Emulated:
         monkeypatch.setattr(launch, "wgmma_processors", lambda: 2)
-    inputs = qkv_inputs(rng, 260, 2, 1, D, 104, bias=True)
-    x, gate, up = random(rng, (260, 104), BF16), *(random(rng, (144, 104), BF16) for _ in range(2))
-    whole = None
-    for shape, few in (
-        *((name, slice(0, 260)) for name in TILES),
-        ("wgmma_wide", slice(255, 260)),
-        ("wgmma_turns", slice(3, 8)),
-    ):
-        rows = side.put(x[few])
-        with_heads = shape if shape != "wgmma_few" else "wgmma_middle"
-        monkeypatch.setattr(tiles, "choose", lambda *_, shape=with_heads: shape)
-        part = run_qkv_rope(side, {**inputs, "x": x[few], "positions": inputs["positions"][few]})
-        monkeypatch.setattr(tiles, "choose", lambda *_, shape=shape: shape)
-        part += ops.matmul(rows, side.put(gate)), ops.swiglu(rows, side.put(gate), side.put(up))
-        results = [side.get(array) for array in part]
-        whole = whole or results
-        for got, expected in zip(results, whole, strict=True):
-            assert np.array_equal(got, expected[few])
+    parts = [(name, slice(0, 260)) for name in TILES]
+    parts += ("wgmma_wide", slice(255, 260)), ("wgmma_turns", slice(3, 8))
+    check_tiles_agree(side, rng, monkeypatch, D, 144, BF16, parts)
 
 
 def test_recorded_products_wait_for_what_they_read(side, rng, tile):  # noqa: F811
