@@ -31,7 +31,8 @@ template <class Tile> __device__ __forceinline__ void tensor_heads(PARAMETERS, f
         const bool aligned = ((size_t)q | (size_t)k | (size_t)v) % 8 == 0;
         // A warp takes rows of one head, COUNT at a time: lane l elements l PER.. of each half, so that a rotation pair is in
         // one thread.
-        constexpr int WARPS = Tile::THREADS / 32, STEP = WARPS / HEADS, ROWS = Tile::BM / STEP, COUNT = ROWS < 8 ? ROWS : 8;
+        constexpr int WARPS = Tile::THREADS / 32, STEP = WARPS / HEADS, ROWS = Tile::BM / STEP;
+        constexpr int MOST = sizeof(X_TYPE) == 4 ? 4 : 8, COUNT = ROWS < MOST ? ROWS : MOST;  // eight would spill with float32 x
         constexpr int PER = D < 64 ? 1 : D / 64;
         static_assert(ROWS <= 64);
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = col0 / D + warp % HEADS, d = lane * PER;

@@ -13,8 +13,8 @@ from cuqwen import sources
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason=nvrtc.unavailable_reason())
 KERNELS = sorted(sources.KERNEL_FOLDER.glob("*.cu"))
 SOURCES = sorted(sources.KERNEL_FOLDER.glob("*.cu*"))
-# Bytes stored, loaded. The kernel takes 220 KB of shared memory, which no GPU of that architecture has.
-SPILLS = {("decode_step", ("SAMPLED", "1"), "120"): (8, 16)}
+# Bytes stored, loaded: of an address that is used once a token.
+SPILLS = {("decode_step", ("SAMPLED", "1"), "90a"): (4, 8)}
 FORBIDDEN = ("cooperative_groups", "cuda/barrier", "cuda/pipeline", "cuda/std", "cub/", "mma.h", "stdint", "cstdint")
 
 
