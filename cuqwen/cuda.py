@@ -225,7 +225,8 @@ def qkv_rope(
         # where no block has a whole head at hand in the end, and q must wait for its norm in float32
         q, k, v, q_ms, k_ms = qkv_rope(
             x, q_proj, k_proj, v_proj, cos, sin, positions, rows=rows, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias,
-            q_norm=q_norm, k_norm=k_norm, out=(None, out[1] if eps is None else None, *out[2:]),
+            q_norm=q_norm, k_norm=k_norm,
+            out=(target if target is not None and target.dtype == F32 else None, out[1] if eps is None else None, *out[2:]),
         )  # fmt: skip
         target = q if target is None else target
         if eps is None:

@@ -185,6 +185,7 @@ class Decoder:
         start, asked, arrived = self.cache.length, 0, 0
         coming = step.tokens[start + 1 : start + 1 + more]
         step.end_at(end_ids)
+        step.expect(start + more)
         if step.halt[0] or self.next_position < 0:  # or an interrupt has left something running
             launch.wait()
             step.halt[0] = 0

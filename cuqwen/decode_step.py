@@ -38,7 +38,7 @@ MANY_KEYS = 7168  # cached tokens from which the two query heads of a key head a
 def variants() -> Iterator[tuple[str, launch.Defines]]:
     """(file, -D constants) for the shapes of Qwen3-0.6B, standing for all.
 
-    Some larger ones spill registers (with the arg-max 8B 188 bytes, 4B 344, 14B 638, 32B 916), which their longer streams hide.
+    Some larger ones spill registers (with the arg-max 8B 140 bytes, 4B 348, 14B 642, 32B 920), which their longer streams hide.
     """
     for kv_dtype, sampled, many_keys in (
         (BF16, False, False),
@@ -196,6 +196,11 @@ class DecodeStep:
         layers, rows, _, dim = array.shape
         frame_keys = SLOT_BYTES // 2 // (dim * array.dtype.itemsize)
         return launch.tensor_map(array.view(np.uint16).reshape(layers * rows, -1), frame_keys)
+
+    def expect(self, cached: int) -> None:
+        """Load the kernel for steps with so many cached tokens: seconds, once on a machine."""
+        if cached >= MANY_KEYS:
+            launch.load_function(*self._kernel(many_keys=True))
 
     def __call__(self, count: int = 1, fresh: bool = True, cached: int = 0) -> None:
         """Launch up to `count` steps, the first with so many `cached` tokens, on the current stream; with `fresh` also if the

@@ -34,7 +34,6 @@ class Filling:
         self._stretches: list[futures.Future[int]] = []
         self._stop, self._own = threading.Event(), threading.local()
         self._senders: list[Sender] = []
-        self._device = -1
 
     def __enter__(self) -> Filling:
         return self
@@ -46,23 +45,24 @@ class Filling:
             sender.close()
 
     def begin(self, tensor: Tensor, array: Any) -> None:
-        """Have the threads fill this array too. Nothing may be launched between the first call and the last."""
-        if self._device < 0:
-            self._device = settled_device()
+        """Have the threads fill this array too, once all is done that the current stream has been given: what had its memory
+        before may still be read there."""
+        moment = now()
         for first in range(0, tensor.nbytes, STRETCH):
             last = min(first + STRETCH, tensor.nbytes)
-            self._stretches.append(self._pool.submit(self._fill, tensor, array, first, last))
+            self._stretches.append(self._pool.submit(self._fill, tensor, array, first, last, moment))
 
     def counts(self) -> Iterator[int]:
         """Bytes that have arrived, as they do, until all have. Raises what a thread raises."""
         for stretch in futures.as_completed(self._stretches):
             yield stretch.result()
 
-    def _fill(self, tensor: Tensor, array: Any, first: int, last: int) -> int:
+    def _fill(self, tensor: Tensor, array: Any, first: int, last: int, moment: tuple[int, Any]) -> int:
         if not hasattr(self._own, "sender"):
-            self._own.sender = Sender(self._device, self._size)
+            self._own.sender = Sender(moment[0], self._size)
             self._senders.append(self._own.sender)
         sender = self._own.sender
+        sender.after(moment[1])
         with opened(tensor.path) as file:
             file.seek(tensor.offset + first)
             for at in range(first, last, self._size):
@@ -74,11 +74,11 @@ class Filling:
         return last - first
 
 
-def settled_device() -> int:
-    """The current device, when all that the current stream was given is done: from then on other streams may write to arrays
-    that have just been made, whose memory earlier work may have had."""
-    cupy().cuda.get_current_stream().synchronize()
-    return int(cupy().cuda.Device().id)
+def now() -> tuple[int, Any]:
+    """The current device, and an event there at the end of all that the current stream was given so far."""
+    event = cupy().cuda.Event(disable_timing=True)
+    event.record()
+    return int(cupy().cuda.Device().id), event
 
 
 class Sender:
@@ -93,6 +93,10 @@ class Sender:
         self._memory = memory[-memory.ctypes.data % HUGE_PAGE :][:size]  # NumPy asks for huge pages from 4 MB on
         self.buffer, self._address = self._memory.data, ctypes.c_void_p(self._memory.ctypes.data)
         self._unlock: Callable[[], None] | None = None
+
+    def after(self, event: Any) -> None:
+        """What is sent from now on arrives after this event."""
+        self._stream.wait_event(event)
 
     def send(self, array: Any, first: int, count: int) -> None:
         """Copy the first `count` bytes of the buffer to those of `array` from `first` on; they are there when it returns."""

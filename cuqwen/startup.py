@@ -32,7 +32,8 @@ def kernels(
 ) -> Iterator[launch.Request]:
     """Entry points for single tokens and for prompts of all lengths, those that take longest to compile first.
 
-    Left out is what only prompts of two to four tokens need, and layers whose weights have other types than the first one's.
+    Left out is what only prompts of 2 to 4 tokens, some lengths beyond 2,048 or `decode_step.MANY_KEYS` cached tokens need,
+    and layers whose weights have other types than the first one's.
     """
     with launch.noting() as noted:
         dry = dataclasses.replace(device, upload=lambda array: array, copy=lambda target, source: None)
@@ -46,7 +47,12 @@ def kernels(
         if not is_portable and can_sample(model):
             launch.load_function("decode_step", "decode_step", defines(config, model.kv_dtype, sampled=True))
         del model.weights.layers[1:-1]  # two show what all launch
-        for tokens in (*([1] if is_portable else []), *ShortPrompts(model, cache).widths, plan.chunk):
+        for tokens in (
+            *([1] if is_portable else []),
+            *ShortPrompts(model, cache).widths,
+            min(5120, plan.chunk),
+            plan.chunk,
+        ):
             ids = dry.empty((tokens,), np.int32)
             model.step(ids, ids, cache)
     yield from noted

@@ -101,7 +101,9 @@ __device__ __noinline__ int choose_from_lots(sampling::Shared& s, const sampling
         s.lots[n] = top[0];
         if (top[0]) atomicMax(s.segments + (n & (in.segments - 1)), top[0]);
     }
+    if (patience.lost) *lost = 1;
     block_barrier();
+    if (*lost) return NO_CHOICE;  // what is gathered must be sure to come
     const unsigned rank = max(sampling::rank_of(-sampling::LARGEST_FLOAT), threshold_of_top_k(s, in.segments));
     const auto mark = [&](int n, unsigned top) {
         if (top < rank) return;

@@ -322,6 +322,9 @@ class Sender:
     def __init__(self, device: int, size: int) -> None:
         self.buffer = memoryview(bytearray(size))
 
+    def after(self, event: None) -> None:
+        pass
+
     def send(self, array: np.ndarray, first: int, count: int) -> None:
         array.reshape(-1).view(np.uint8)[first : first + count] = np.frombuffer(self.buffer, np.uint8)[:count]
 
@@ -367,7 +370,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
         monkeypatch.setattr(launch, name, function)
     monkeypatch.setattr(startup, "compiling", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(staging, "Sender", Sender)
-    monkeypatch.setattr(staging, "settled_device", lambda: 0)
+    monkeypatch.setattr(staging, "now", lambda: (0, None))
     monkeypatch.setattr(ops, "backend_of", lambda array: cuda if isinstance(array, np.ndarray) else None)
     yield settings
     for owner in [reference() for reference, _, _ in _zones.values()]:

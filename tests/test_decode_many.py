@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from test_decode_step import BF16, F32, SPECS, Spec, host, load, put, start, write  # noqa: F401
 
-from cuqwen import decode, decode_step, launch
+from cuqwen import decode, decode_step, launch, sources
 from cuqwen.decode import Choice, Decoder
 from cuqwen.decode_step import ENDED, NO_CHOICE, NOT_YET, DecodeStep
 from cuqwen.generate import Sequence
+from cuqwen.model import Device
 from cuqwen.sampling import Sampling
 
 SETTINGS = [
@@ -217,6 +218,28 @@ def test_an_answer_of_broken_weights_says_so(start, tmp_path, sampling):  # noqa
     with pytest.raises(ValueError, match="NaN"):
         next(answer)
     assert host(decoder.state).tolist() == [NO_CHOICE, ENDED] and cache.length == len(prompt) + 1
+
+
+def test_a_block_that_is_lost_later_is_noticed(emulated_gpu, tmp_path, monkeypatch):
+    """Its words are those of the token before: what the chooser gathers by them may never come."""
+    emulated_gpu.orders, emulated_gpu.resident_blocks, emulated_gpu.patience = ("ascending",), 3, 20
+    monkeypatch.setattr(launch, "resident_blocks", lambda *_: 3)
+    real, entry_line = sources.source, "    if (!fresh && ids[1] == ENDED) return;"
+
+    def source(file, *entry):
+        text = real(file, *entry)
+        return text.replace(entry_line, f"    if (first_turn > 4 && blockIdx.x == 1) return;\n{entry_line}")
+
+    monkeypatch.setattr(sources, "source", source)
+    monkeypatch.setattr(decode, "BATCH", 2)
+    spec = Spec("sampled", 2, 1, 64, 128, 192, 520, num_hidden_layers=1)
+    network = load(write(tmp_path, spec), Device.cuda(), BF16)
+    prompt = np.array([5, 300, 5, 9], np.int32)
+    cache = network.new_cache(32)
+    logits = network.read(prompt, cache)
+    answer = Decoder(network, cache, Choice(network, SETTINGS[2], prompt, 500, 20)).answer(logits, 20)
+    with pytest.raises(launch.DeviceError, match="a block waited two seconds"):
+        assert len(list(answer)) == 20
 
 
 def test_what_does_not_fit_into_the_ring_is_sampled_outside(start, tmp_path, monkeypatch):  # noqa: F811

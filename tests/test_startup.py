@@ -16,7 +16,7 @@ import cuqwen
 from cuqwen import api, driver, launch, memory, prompt, sources, startup, weights
 from cuqwen.cache import KVCache
 from cuqwen.config import Config
-from cuqwen.model import Device, Qwen3
+from cuqwen.model import CHUNK, Device, Qwen3
 from cuqwen.sizes import config_of
 
 A, B, C, D = ((name, name, ()) for name in "abcd")
@@ -64,11 +64,11 @@ def test_what_is_listed_is_what_is_launched(tmp_path, monkeypatch, request, name
     assert launched.keys() == set(wanted)
 
 
-@pytest.mark.parametrize("tokens", [20, 200, 2000, 5000])
+@pytest.mark.parametrize("tokens", [20, 200, 2000, 5000, 8192])
 def test_on_hopper_all_that_prompts_need_is_listed(on_hopper, tokens):
     """`Qwen3.step` of other lengths asks for nothing else; all is in the sources; the step in one launch comes first."""
     config, device, kv = config_of("0.6B"), Device.cuda(), np.dtype(ml_dtypes.bfloat16)
-    plan = SimpleNamespace(chunk=4096, context=40960)
+    plan = SimpleNamespace(chunk=CHUNK["cuda"], context=40960)
     wanted = list(startup.kernels(None, config, device, kv, plan, exact=False))
     assert [file for file, _, _ in wanted[:2]] == ["decode_step", "sample"]
     assert len(wanted) < 40 and any("wgmma" in entry for _, entry, _ in wanted)
@@ -80,7 +80,7 @@ def test_on_hopper_all_that_prompts_need_is_listed(on_hopper, tokens):
             name: startup._weight(dry, shape, "BF16") for name, shape in weights.expected_tensors(config).items()
         }
         model = Qwen3(config, weights.arrange(config, tensors), dry, kv)
-        ids = dry.empty((min(tokens, 4096) - 1,), np.int32)
+        ids = dry.empty((tokens - 1,), np.int32)
         model.step(ids, ids, KVCache(config, 40960, kv, dry.empty))
     assert noted.keys() <= set(wanted)
 

@@ -491,7 +491,7 @@ class Sent(Sender):
 def gpu(monkeypatch):
     """Matrices are reserved and sent, in pieces of 50 bytes by up to three threads. No thread outlives the call."""
     before = set(threading.enumerate())
-    monkeypatch.setattr(staging, "settled_device", lambda: 0)
+    monkeypatch.setattr(staging, "now", lambda: (0, None))
     monkeypatch.setattr(staging, "Sender", type("Fresh", (Sent,), {}))
     for name, value in {"PIECE": 50, "STRETCH": 120, "SHARE": 120, "THREADS": 3}.items():
         monkeypatch.setattr(staging, name, value)
@@ -573,7 +573,9 @@ def test_a_buffer_is_locked_once_and_unlocked(monkeypatch, locked):
         hostUnregister=lambda start: calls.append(("unlock", start)),
         CUDARuntimeError=RuntimeError,
     )
-    stream = SimpleNamespace(synchronize=lambda: calls.append(("wait",)))
+    stream = SimpleNamespace(
+        synchronize=lambda: calls.append(("wait",)), wait_event=lambda event: calls.append(("after", event))
+    )
     device = SimpleNamespace(use=lambda: calls.append(("use",)))
     cuda = SimpleNamespace(runtime=runtime, Device=lambda number: device, Stream=lambda non_blocking: stream)
     monkeypatch.setattr(staging, "cupy", lambda: SimpleNamespace(cuda=cuda))
@@ -589,11 +591,18 @@ def test_a_buffer_is_locked_once_and_unlocked(monkeypatch, locked):
             assert on is stream
             calls.append(("copy", int(self), address.value, count))
 
+    sender.after("all before")
     for first, count in ((0, 100), (100, 7)):
         sender.send(SimpleNamespace(data=Address(1000)), first, count)
     sender.close()
     sent = [("copy", 1000, start, 100), ("wait",), ("copy", 1100, start, 7), ("wait",)]
-    assert calls == [("use",), ("lock", start, 2 * pages), *sent, *([("unlock", start)] if locked else [])]
+    assert calls == [
+        ("use",),
+        ("after", "all before"),
+        ("lock", start, 2 * pages),
+        *sent,
+        *([("unlock", start)] if locked else []),
+    ]
 
 
 @pytest.mark.gpu
