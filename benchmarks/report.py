@@ -120,8 +120,8 @@ def sizes_of(record: Record) -> list[str]:
 
 
 def first_token_at(row: Record) -> float:
-    """Seconds from the start of the process; of records without a clock, those of the whole process."""
-    return row["spans"]["first token"][0] if "spans" in row else row["process_seconds"]
+    """Seconds from the start of the process."""
+    return row["spans"]["first token"][0]
 
 
 def starts(record: Record) -> dict[str, Record]:
@@ -259,8 +259,6 @@ def start(records: Records) -> str:
 
 def spans(records: Records) -> str:
     runs = [row for row in records["generate"]["cuqwen"] if (row["kernel_cache"], row["tokens"]) == ("warm", 1)]
-    if "spans" not in runs[0]:
-        return "Not measured yet: `python -m benchmarks.generate` makes the record that this is filled from."
     run = sorted(runs, key=first_token_at)[len(runs) // 2]
     found = sorted(run["spans"].items(), key=lambda span: span[1])
     rows = [[name, *(f"{t:.2f} s" for t in (begin, end, end - begin))] for name, (begin, end) in found]

@@ -205,8 +205,10 @@ def test_peers_of_the_same_run_count_before_those_of_another(copy):
 
 def test_start_is_told_by_stage():
     def run(cache, tokens, whole, load, first):
-        seconds = {"process_seconds": whole, "load_seconds": load, "first_token_seconds": first}
-        return {"kernel_cache": cache, "tokens": tokens, **seconds}
+        spans = {"first token": [whole, whole]}
+        return {
+            "kernel_cache": cache, "tokens": tokens, "load_seconds": load, "first_token_seconds": first, "spans": spans,
+        }  # fmt: skip
 
     record = {
         "cuqwen": [
