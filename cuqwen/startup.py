@@ -47,12 +47,8 @@ def kernels(
         if not is_portable and can_sample(model):
             launch.load_function("decode_step", "decode_step", defines(config, model.kv_dtype, sampled=True))
         del model.weights.layers[1:-1]  # two show what all launch
-        for tokens in (
-            *([1] if is_portable else []),
-            *ShortPrompts(model, cache).widths,
-            min(5120, plan.chunk),
-            plan.chunk,
-        ):
+        steps, prompts = [1] if is_portable else [], ShortPrompts(model, cache).widths
+        for tokens in (*steps, *prompts, min(5120, plan.chunk), plan.chunk):
             ids = dry.empty((tokens,), np.int32)
             model.step(ids, ids, cache)
     yield from noted

@@ -10,7 +10,7 @@ fault("one-layer-shows-all", STARTUP, "del model.weights.layers[1:-1]", "del mod
 fault("sample-not-listed", STARTUP, "        dry.operations.sample(logits[0])\n", "", LISTED)
 fault("single-tokens-not-listed", STARTUP, "([1] if is_portable else [])", "()", LISTED)
 fault(
-    "long-prompts-not-listed", STARTUP, "widths, min(5120, plan.chunk), plan.chunk)", "widths)",
+    "long-prompts-not-listed", STARTUP, "*prompts, min(5120, plan.chunk), plan.chunk)", "*prompts)",
     "startup::on_hopper_all_that_prompts_need_is_listed",
 )
 fault(
