@@ -8,7 +8,7 @@ LISTED = "startup::what_is_listed_is_what_is_launched"
 
 fault("one-layer-shows-all", STARTUP, "del model.weights.layers[1:-1]", "del model.weights.layers[1:]", LISTED)
 fault("sample-not-listed", STARTUP, "        dry.operations.sample(logits[0])\n", "", LISTED)
-fault("single-tokens-not-listed", STARTUP, "([1] if is_portable else [])", "()", LISTED)
+fault("single-tokens-not-listed", STARTUP, "[1] if is_portable else []", "[]", LISTED)
 fault(
     "long-prompts-not-listed", STARTUP, "*prompts, min(5120, plan.chunk), plan.chunk)", "*prompts)",
     "startup::on_hopper_all_that_prompts_need_is_listed",
