@@ -224,12 +224,16 @@ def test_a_block_that_is_lost_later_is_noticed(emulated_gpu, tmp_path, monkeypat
     """Its words are those of the token before: what the chooser gathers by them may never come."""
     emulated_gpu.orders, emulated_gpu.resident_blocks, emulated_gpu.patience = ("ascending",), 3, 20
     monkeypatch.setattr(launch, "resident_blocks", lambda *_: 3)
-    real, entry_line = sources.source, "    if (!fresh && ids[1] == ENDED) return;"
+    text_of, defines, begin_line = sources.source, decode_step.defines, "    if (!fresh && ids[1] == ENDED) return;"
 
     def source(file, *entry):
-        text = real(file, *entry)
-        return text.replace(entry_line, f"    if (first_turn > 4 && blockIdx.x == 1) return;\n{entry_line}")
+        lost = f"    if (first_turn > 4 && blockIdx.x == 1) return;\n{begin_line}"
+        return text_of(file, *entry).replace(begin_line, lost)
 
+    def own_defines(*arguments):  # kernels are kept by their constants
+        return *defines(*arguments), ("A_BLOCK_IS_LOST", "1")
+
+    monkeypatch.setattr(decode_step, "defines", own_defines)
     monkeypatch.setattr(sources, "source", source)
     monkeypatch.setattr(decode, "BATCH", 2)
     spec = Spec("sampled", 2, 1, 64, 128, 192, 520, num_hidden_layers=1)
