@@ -10,7 +10,7 @@ from typing import Any
 
 
 @functools.cache
-def library() -> Any:
+def functions() -> Any:
     """The driver's functions. Raises OSError where there is no driver."""
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
@@ -24,7 +24,7 @@ def wake() -> None:
 
 def _begin_context() -> None:
     try:
-        cuda = library()
+        cuda = functions()
     except OSError:
         return
     device, context = ctypes.c_int(), ctypes.c_void_p()

@@ -37,7 +37,7 @@ def launch_dependent(
     attribute.value[1] = 1  # the id is padded to 8 bytes
     sizes = ((ctypes.c_uint * 3)(*(*map(int, dims), 1, 1)[:3]) for dims in (grid, block))
     config = _Config(*sizes, shared_bytes, stream, ctypes.pointer(attribute), 1)
-    return int(driver.library().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), pointers, None))
+    return int(driver.functions().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), pointers, None))
 
 
 def encode_tensor_map(place: int, start: int, rows: int, columns: int, box_rows: int) -> int:
@@ -46,7 +46,7 @@ def encode_tensor_map(place: int, start: int, rows: int, columns: int, box_rows:
     sizes, pitch = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns)
     box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
     return int(
-        driver.library().cuTensorMapEncodeTiled(
+        driver.functions().cuTensorMapEncodeTiled(
             ctypes.c_void_p(place), BF16, 2, ctypes.c_void_p(start), sizes, pitch, box, steps,
             0, SWIZZLE_128_BYTES, L2_256_BYTES, 0,
         )

@@ -27,8 +27,9 @@
 // Work         8 consumer warps and one producer warp a block. A matrix is dealt out in tiles of 8 rows, the last of a block
 //              often of 4; a block's tiles of a token, and between them its share of the cached keys and values, follow one another in an
 //              order that no value decides, so the producer streams them through the ring without a pause at stages or layers, few of them
-//              on their way at a time; between two tokens it waits for the choice, but for the block that chooses with the first product's tiles sent (decode_ring.cuh). A consumer warp owns 128 columns of every 1024: it waits for just these
-//              values of the vector, multiplies all rows by them on the tensor cores, and the 8 partial sums of a row meet in shared memory.
+//              on their way at a time; between two tokens it waits for the choice, with the first product's tiles sent but in the block that
+//              chooses (decode_ring.cuh). A consumer warp owns 128 columns of every 1024: it waits for just these values of the vector,
+//              multiplies all rows by them on the tensor cores, and the 8 partial sums of a row meet in shared memory.
 // Exchange     between blocks by words {float32 value, tag}: a reader polls the very word that it needs, and no
 //              counter or barrier of the grid exists. Five exchanges a layer (vector, qkv, attention, vector, activation), one
 //              more where a head's keys are shared out, one for the choice. A word is written again only after everybody has passed it:

@@ -207,8 +207,12 @@ def test_start_is_told_by_stage():
     def run(cache, tokens, whole, load, first):
         spans = {"first token": [whole, whole]}
         return {
-            "kernel_cache": cache, "tokens": tokens, "load_seconds": load, "first_token_seconds": first, "spans": spans,
-        }  # fmt: skip
+            "kernel_cache": cache,
+            "tokens": tokens,
+            "load_seconds": load,
+            "first_token_seconds": first,
+            "spans": spans,
+        }
 
     record = {
         "cuqwen": [

@@ -209,13 +209,13 @@ def test_a_model_that_is_loaded_compiles_nothing(tmp_path, monkeypatch, exact):
 def test_the_context_is_begun_in_a_thread_whatever_comes_of_it(monkeypatch, no_thread_is_left, status):
     calls = []
 
-    def library():
+    def functions():
         if status is None:
             raise OSError("no driver")
         names = ("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain")
         return SimpleNamespace(**{name: lambda *_, name=name: calls.append(name) or status for name in names})
 
-    monkeypatch.setattr(driver, "library", library)
+    monkeypatch.setattr(driver, "functions", functions)
     driver.wake.cache_clear()
     driver.wake()
     driver.wake()
