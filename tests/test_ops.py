@@ -1143,7 +1143,7 @@ def test_a_dependent_launch_as_the_driver_gets_it(monkeypatch):
         return 0 if function.value == 99 else 801
 
     stream = SimpleNamespace(ptr=77)
-    monkeypatch.setattr(driver, "library", lambda: SimpleNamespace(cuLaunchKernelEx=launched))
+    monkeypatch.setattr(driver, "functions", lambda: SimpleNamespace(cuLaunchKernelEx=launched))
     cuda = SimpleNamespace(get_current_stream=lambda: stream)
     monkeypatch.setattr(launch, "cupy", lambda: SimpleNamespace(cuda=cuda))
     array = np.zeros(3, np.float32)
