@@ -77,13 +77,13 @@ template <int N> __device__ __forceinline__ void weigh(Running& head, float (&sc
 }
 
 // Elements `first` to first + 7 of a row of the ring's keys or values, zeros if it is not there: what lies in its place may be NaN. Its boxes
-// have rows of 128 bytes and piece n of row r at place n ^ r % 8.
-__device__ __forceinline__ void load_row(const unsigned char* rows, int row, int first, bool there, float (&x)[8]) {
+// have rows of 128 bytes and piece n of row r at place n ^ (r + slot) % 8, as slots begin 128 bytes off.
+__device__ __forceinline__ void load_row(const unsigned char* rows, int slot, int row, int first, bool there, float (&x)[8]) {
     constexpr int PIECES = sizeof(KV_TYPE) / 2, IN_PIECE = 8 / PIECES, IN_BOX = 8 * IN_PIECE;  // elements
     alignas(16) KV_TYPE raw[8];
 #pragma unroll
     for (int n = 0; n < PIECES; n++) {
-        const int at = first + n * IN_PIECE, place = at % IN_BOX / IN_PIECE ^ row % 8;
+        const int at = first + n * IN_PIECE, place = at % IN_BOX / IN_PIECE ^ (row + slot) % 8;
         const uint4 bits = *reinterpret_cast<const uint4*>(rows + at / IN_BOX * (FRAME_KEYS * 128) + row * 128 + 16 * place);
         reinterpret_cast<uint4*>(raw)[n] = there ? bits : uint4{0, 0, 0, 0};
     }
@@ -130,7 +130,7 @@ __device__ __forceinline__ void attend(Me& me, const u64* table, int l, int p, K
         for (int u = 0; u < BATCH; u++) {
             const int f = u / LOADS, row = (u % LOADS * WARPS + warp) * KEYS + group;
             float x[8];
-            load_row(me.ring.slots + slot[f] * SLOT, row, own, true, x);
+            load_row(me.ring.slots + slot[f] * SLOT_PITCH, slot[f], row, own, true, x);
 #pragma unroll
             for (int h = 0; h < CH; h++) {
                 float sum = 0.0f;
@@ -146,7 +146,7 @@ __device__ __forceinline__ void attend(Me& me, const u64* table, int l, int p, K
         for (int u = 0; u < BATCH; u++) {
             const int f = u / LOADS, row = (u % LOADS * WARPS + warp) * KEYS + group;
             float x[8];
-            load_row(me.ring.slots + slot[f] * SLOT + SLOT / 2, row, own, row < there[f], x);
+            load_row(me.ring.slots + slot[f] * SLOT_PITCH + SLOT / 2, slot[f], row, own, row < there[f], x);
 #pragma unroll
             for (int h = 0; h < CH; h++)
 #pragma unroll

@@ -31,6 +31,11 @@ struct Share {
     __device__ int frames() const { return exists() ? (last - first + FRAME_KEYS - 1) / FRAME_KEYS : 0; }
 };
 
+// Where row n of a tile of COLUMNS columns is in its slot. A warp reads eight rows at once, two of them in a phase, 64 bytes of each: these
+// are rows n and n + 4, and lie 64 bytes apart in the banks.
+__device__ __forceinline__ int tile_row(int g) { return g / 2 + g % 2 * 4; }  // the g-th that it reads
+template <int COLUMNS> __device__ __forceinline__ int row_place(int n) { return n / 4 * (SLOT / 2 + 64) + n % 4 * COLUMNS * 2; }
+
 struct Ring {
     unsigned char* slots;
     mbarrier *full, *empty;
@@ -70,7 +75,24 @@ struct Ring {
         wait_for_landing(in_flight + runs_low());
         if (threadIdx.x % 32 == 0) mbarrier_arrive_expect(full + slot, bytes);
         __syncwarp();
-        return slots + slot * SLOT;
+        return slots + slot * SLOT_PITCH;
+    }
+    // Waits for the next N frames, or the next `count` if these are fewer.
+    template <int N> __device__ __forceinline__ void receive(int (&slots)[N], int count) {
+        unsigned phase[N];
+        bool there = true;
+#pragma unroll
+        for (int f = 0; f < N; f++)
+            if (f < count) {
+                slots[f] = slot, phase[f] = parity;
+                there &= mbarrier_test_wait(full + slot, parity);
+                next();
+            }
+        if (there) return;
+#pragma unroll
+        for (int f = 0; f < N; f++)
+            if (f < count)
+                while (!mbarrier_try_wait(full + slots[f], phase[f])) {}
     }
 };
 
@@ -85,7 +107,7 @@ __device__ __forceinline__ int in_flight(const Share& keys) {
 // Nobody waits for words there. The block that chooses takes more, so that it has its rows early and can look at those of the others.
 constexpr int HEAD_IN_FLIGHT = 4, CHOOSER_IN_FLIGHT = SLOTS - 2;
 
-// `count` rows of a matrix, up to 8, segment after segment, into the ring. The whole producer warp.
+// `count` rows of a matrix, 4 or 8, segment after segment, into the ring. The whole producer warp.
 template <int COLUMNS> __device__ __forceinline__ void produce(Ring& ring, const W_TYPE* rows, int count = ROWS) {
     constexpr int N = segments(COLUMNS);
     const int lane = threadIdx.x % 32;
@@ -94,10 +116,11 @@ template <int COLUMNS> __device__ __forceinline__ void produce(Ring& ring, const
         const int columns = N == 1 ? COLUMNS : min(SEGMENT, COLUMNS - s * SEGMENT);
         unsigned char* slot = ring.take(count * columns * 2);
         if (!slot) return;
-        if (N == 1) {  // rows follow one another: one copy, 4 % faster than eight on an H100
-            if (lane == 0) bulk_copy_once(slot, rows, count * COLUMNS * 2, ring.full + ring.slot);
+        if (N == 1) {  // rows follow one another
+            if (lane < count / 4)
+                bulk_copy_once(slot + row_place<COLUMNS>(4 * lane), rows + 4 * lane * COLUMNS, 4 * COLUMNS * 2, ring.full + ring.slot);
         } else if (lane < count) {
-            bulk_copy_once(slot + lane * SEGMENT * 2, rows + (size_t)lane * COLUMNS + s * SEGMENT, columns * 2, ring.full + ring.slot);
+            bulk_copy_once(slot + row_place<SEGMENT>(lane), rows + (size_t)lane * COLUMNS + s * SEGMENT, columns * 2, ring.full + ring.slot);
         }
         ring.next();
     }

@@ -164,7 +164,7 @@ __device__ __noinline__ Chosen choose_token(Shared& shared, Patience patience, c
     }
     if (t == 0) store_relaxed(words + BEST + 2 * blockIdx.x, (u64)tag << 32 | shared.lost);
     if (chooses()) {
-        sampling::Shared& s = *reinterpret_cast<sampling::Shared*>(reinterpret_cast<unsigned char*>(&shared) - SLOTS * SLOT);
+        sampling::Shared& s = *reinterpret_cast<sampling::Shared*>(reinterpret_cast<unsigned char*>(&shared) - SLOTS * SLOT_PITCH);
         int token = NO_CHOICE;
         if (lots) token = choose_from_lots(s, in, shared.random, V, words, &shared.lost, patience);
         else {

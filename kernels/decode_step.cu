@@ -52,7 +52,8 @@
 constexpr int L = LAYERS, C = HIDDEN, H = HEADS, K = KV_HEADS, D = HEAD_DIM, F = FFN, HD = H * D, QKV = (H + 2 * K) * D;
 constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, ROWS = 8, SEGMENT = 1024, CHUNK = 64;  // more warps would have too few registers
 constexpr int OWN = SEGMENT / WARPS, CHUNKS = OWN / CHUNK;  // columns of a warp in a segment, in chunks of one fragment
-constexpr int SLOT = ROWS * SEGMENT * 2, PASS = 8, PITCH = 12;  // bytes; tiles between two barriers; floats, conflict-free
+constexpr int SLOT = ROWS * SEGMENT * 2, SLOT_PITCH = SLOT + 128;  // bytes
+constexpr int PASS = 8, PITCH = WARPS;                              // tiles between two barriers; floats
 constexpr int CH = UNIT_HEADS, UNITS = H / CH, SHARE = CH * D;
 constexpr int KEY_BYTES = D * sizeof(KV_TYPE), FRAME_KEYS = SLOT / 2 / KEY_BYTES;  // a frame has the keys and the values of so many rows
 constexpr int SPLIT_KEYS = 96, MAX_SPLITS = 16;  // blocks that share a head's keys have so many each, or more
@@ -111,7 +112,7 @@ static_assert(CONSUMERS == sampling::THREADS && MAX_LOTS <= 4 * sampling::GROUPS
 struct Shared {
     mbarrier full[SLOTS], empty[SLOTS], chosen;
     alignas(16) float part[2][PASS * ROWS * PITCH], squares[2][WARPS];
-    unsigned scratch[WARPS][12 * 8];
+    unsigned scratch[WARPS][6 * 16];
     u64 table[L * ARRAYS];
     float cos[D / 2], sin[D / 2];
     float query[CH][D], key[D], value[D];
@@ -292,7 +293,7 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
             double* relative, const double* uniforms, int shift, int segments, int U, int top_k, double temperature, double inverse,
             double top_p, double min_p, double repetition, double presence, double frequency) {
     DYNAMIC_SHARED(unsigned char, memory);
-    Shared& shared = *reinterpret_cast<Shared*>(memory + SLOTS * SLOT);
+    Shared& shared = *reinterpret_cast<Shared*>(memory + SLOTS * SLOT_PITCH);
     const int t = threadIdx.x, first_position = *position;
     const unsigned first_turn = *epoch;
     int id = *ids;

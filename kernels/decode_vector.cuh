@@ -42,8 +42,8 @@ __device__ __forceinline__ float read_word(const u64* p, unsigned tag, Patience&
     }
 }
 
-// A warp's part of a vector of COLUMNS values, as the left factor [16, 16] of tensor-core products: a chunk of 64
-// columns is 4 slices of 16; row 3 s + p holds part p (of three, whose sum is the value) of slice s. Rows 12 to 15 are zero.
+// A warp's part of a vector of COLUMNS values, as the right factor [16, 8] of tensor-core products, two for a chunk of 64 columns: each
+// serves 32 of them, as column 3 h + p holds part p (of three, whose sum is the value) of the pairs of values 2 n + h. Columns 6 and 7 repeat others.
 template <int COLUMNS> struct Vector {
     unsigned part[segments(COLUMNS) * CHUNKS][4];
 };
@@ -66,12 +66,13 @@ __device__ __forceinline__ void split(float x, float y, unsigned (&parts)[3]) {
 }
 
 // Fills `v`, where get(n, x) gives x[m] = the two values from this lane's column on in the warp's chunk n + m,
-// and each value is multiplied by weight[column] if there is one. `scratch`, [12][8] words of this warp, hands the parts to the
+// and each value is multiplied by weight[column] if there is one. `scratch`, [6][16] words of this warp, hands the parts to the
 // lanes that need them. Returns this lane's share of the sum of squares before the weight.
 template <int COLUMNS, class Get>
 __device__ __forceinline__ float load_vector(Vector<COLUMNS>& v, const float* __restrict__ weight, unsigned* scratch, int warp, int lane, Get get) {
     constexpr int N = segments(COLUMNS) * CHUNKS, TOGETHER = N < 8 ? N : 4;  // chunks read at once: their latencies overlap
-    const int row = lane % 16, half = lane / 16;
+    unsigned* const to = scratch + lane % 2 * 48 + lane / 4 % 4 * 4 + lane / 16 * 2 + lane / 2 % 2;
+    const uint4* const from = reinterpret_cast<const uint4*>(scratch + lane / 4 % 6 * 16 + lane % 4 * 4);
     float squares = 0.0f;
 #pragma unroll
     for (int n = 0; n < N; n += TOGETHER) {
@@ -92,11 +93,9 @@ __device__ __forceinline__ float load_vector(Vector<COLUMNS>& v, const float* __
             unsigned parts[3];
             split(a, b, parts);
 #pragma unroll
-            for (int p = 0; p < 3; p++) scratch[(lane / 8 * 3 + p) * 8 + lane % 8] = parts[p];
+            for (int p = 0; p < 3; p++) to[16 * p] = parts[p];
             __syncwarp();
-            // registers of the fragment: rows 0 to 7, rows 8 to 15, and both again with columns 8 to 15
-            ldmatrix_x4(v.part[n + m], scratch + (row < 12 ? row : 0) * 8 + half * 4);
-            if (lane >= 16) v.part[n + m][1] = v.part[n + m][3] = 0;
+            *reinterpret_cast<uint4*>(v.part[n + m]) = *from;
             __syncwarp();
         }
     }
@@ -105,81 +104,67 @@ __device__ __forceinline__ float load_vector(Vector<COLUMNS>& v, const float* __
 
 // The next T tiles of 8 rows from the ring times the vector; this warp's share of the dot product of row n goes to part[n PITCH + warp].
 //
-// In step j row n is read at slice (n + j) % 4, which spreads its 16-byte pieces over all banks although rows lie 2 KB apart; that
-// is allowed because the left factor holds all slices: of its product with row n only the rows of slice (n + j) % 4 are used.
+// A tile is the left factor as it lies in memory: a lane's 16 bytes of a row are its four registers of the fragment [16, 16], in which rows g
+// and g + 8 are then the same row of the tile, with the values 4 n, 4 n + 1 and 4 n + 2, 4 n + 3. So nothing is moved between loads
+// and products; of these, columns 0 to 2 count in rows 0 to 7 and columns 3 to 5 in the others.
 template <int COLUMNS, int T>
 __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>& v, float* part, int warp, int lane) {
-    constexpr int N = segments(COLUMNS), FRAMES = T * N, AT_ONCE = 4, STRIDE = (N == 1 ? COLUMNS : SEGMENT) * 2;
-    const int g = lane / 4, i = lane % 4;
-    const int n = lane % 8, half = lane / 8 % 2 ^ n / 4, step = lane / 16;  // whose address this lane gives
-    float acc[T][4][4];
+    constexpr int N = segments(COLUMNS), FRAMES = T * N, AT_ONCE = 4, CHAINS = T == 4 ? 2 : 4;
+    const int i = lane % 4, row = tile_row(lane / 4), at = row_place<N == 1 ? COLUMNS : SEGMENT>(row) + warp * OWN * 2 + i * 16;
+    float acc[T][CHAINS][4];
 #pragma unroll
     for (int t = 0; t < T; t++)
 #pragma unroll
-        for (int e = 0; e < 16; e++) acc[t][e / 4][e % 4] = 0.0f;
+        for (int e = 0; e < 4 * CHAINS; e++) acc[t][e / 4][e % 4] = 0.0f;
 #pragma unroll
     for (int f0 = 0; f0 < FRAMES; f0 += AT_ONCE) {
-        int slot[AT_ONCE];
+        constexpr int MOST = FRAMES < AT_ONCE ? FRAMES : AT_ONCE;
+        int slot[MOST];
+        ring.receive(slot, FRAMES - f0);
 #pragma unroll
-        for (int f = 0; f < AT_ONCE; f++)
-            if (f0 + f < FRAMES) {
-                slot[f] = ring.slot;
-                while (!mbarrier_try_wait(ring.full + ring.slot, ring.parity)) {}
-                ring.next();
-            }
-#pragma unroll
-        for (int f = 0; f < AT_ONCE; f++) {
+        for (int f = 0; f < MOST; f++) {
             if (f0 + f >= FRAMES) break;
             const int t = (f0 + f) / N, s = (f0 + f) % N;
 #pragma unroll
-            for (int m = s * CHUNKS; m < (s + 1) * CHUNKS; m++) {
+            for (int b = 0; b < 2 * CHUNKS; b++) {
+                const int m = s * CHUNKS + b / 2;
                 if (!has_chunk<COLUMNS>(m, warp)) break;
-                const unsigned char* base = ring.slots + slot[f] * SLOT + n * STRIDE + (warp * OWN + m % CHUNKS * CHUNK) * 2 + half * 16;
-#pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    unsigned b[4];
-                    ldmatrix_x4(b, base + (n + j + step) % 4 * 32);
-                    mma_bf16(acc[t][j], v.part[m], g < 4 ? b[0] : b[1], g < 4 ? b[1] : b[0]);
-                    mma_bf16(acc[t][j + 1], v.part[m], g < 4 ? b[2] : b[3], g < 4 ? b[3] : b[2]);
-                }
+                unsigned a[4];
+                *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(ring.slots + slot[f] * SLOT_PITCH + at + b * 64);
+                mma_bf16(acc[t][(s * 2 * CHUNKS + b) % CHAINS], a, v.part[m][b % 2 * 2], v.part[m][b % 2 * 2 + 1]);
             }
         }
         __syncwarp();
         if (lane == 0)
 #pragma unroll
-            for (int f = 0; f < AT_ONCE; f++)
+            for (int f = 0; f < MOST; f++)
                 if (f0 + f < FRAMES) mbarrier_arrive(ring.empty + slot[f]);
     }
-    float sum[2 * T];  // element 2 t + e: row 2 i + e of tile t
+    float sum[T];  // of the lane's columns 2 i, 2 i + 1 of both fragments' rows
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-        const int low = (g / 3 - 2 * i - e) & 3, high = ((g + 8) / 3 - 2 * i - e) & 3;  // the step in which the slice was right
+    for (int t = 0; t < T; t++) {
+        float c[4];
 #pragma unroll
-        for (int t = 0; t < T; t++) {
-            const float(&a)[4][4] = acc[t];
-            sum[2 * t + e] = low == 0 ? a[0][e] : low == 1 ? a[1][e] : low == 2 ? a[2][e] : a[3][e];
-            const float more = high == 0 ? a[0][2 + e] : high == 1 ? a[1][2 + e] : high == 2 ? a[2][2 + e] : a[3][2 + e];
-            if (g < 4) sum[2 * t + e] += more;
-        }
+        for (int e = 0; e < 4; e++) c[e] = CHAINS == 2 ? acc[t][0][e] + acc[t][1][e] : (acc[t][0][e] + acc[t][1][e]) + (acc[t][2][e] + acc[t][3][e]);
+        sum[t] = i == 3 ? 0.0f : (i < 2 ? c[0] : c[2]) + (i < 1 ? c[1] : c[3]);
     }
-    // over the eight g: each lane gives half of its sums away and keeps the other half, until one is left
+    // over the four i: each lane gives half of its sums away and keeps the other half, until one is left
 #pragma unroll
-    for (int bit = 4, left = 2 * T; bit; bit >>= 1, left = left > 1 ? left / 2 : 1) {
-        const bool upper = g & bit;
+    for (int bit = 2, left = T; bit; bit >>= 1, left = left > 1 ? left / 2 : 1) {
+        const bool upper = i & bit;
         if (left == 1) {
-            sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 4 * bit);
+            sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], bit);
             continue;
         }
 #pragma unroll
-        for (int k = 0; k < T; k++) {
+        for (int k = 0; k < T / 2; k++) {
             if (k >= left / 2) break;
             const float given = upper ? sum[k] : sum[k + left / 2], kept = upper ? sum[k + left / 2] : sum[k];
-            sum[k] = kept + __shfl_xor_sync(0xffffffffu, given, 4 * bit);
+            sum[k] = kept + __shfl_xor_sync(0xffffffffu, given, bit);
         }
     }
     constexpr int COPIES = 4 / T;  // lanes that hold the same sum
-    const int e = g / COPIES;
-    if (g % COPIES == 0) part[(e / 2 * ROWS + 2 * i + e % 2) * PITCH + warp] = sum[0];
+    if (i % COPIES == 0) part[(i / COPIES * ROWS + row) * PITCH + warp] = sum[0];
 }
 
 __device__ __forceinline__ float sum_warps(const float* p) {

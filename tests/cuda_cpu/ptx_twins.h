@@ -73,13 +73,14 @@ inline void bulk_copy_2d(void* shared, const TensorMap* map, int column, int row
     if (map->words[4] != 0x70616d726f736e74) emu::fail("bulk_copy_2d (%s:%d): this is no map of launch.tensor_map", site.file, site.line);
     const auto from = reinterpret_cast<const unsigned char*>(map->words[0]);
     const long rows = map->words[1], columns = map->words[2], box_rows = map->words[3];
-    emu::check_shared("bulk_copy_2d", site, shared, 128 * box_rows, 1024);
+    emu::check_shared("bulk_copy_2d", site, shared, 128 * box_rows, 128);
+    const long turn = reinterpret_cast<u64>(shared) / 128;  // pieces are exchanged by their address
     for (long r = 0; r < box_rows; r++)
         for (long p = 0; p < 8; p++) {
             const long t = row + r, c = column + 8 * p;
             const unsigned bytes = t >= 0 && t < rows && c >= 0 && c < columns ? 16 : 0;
             const unsigned char* const piece = bytes ? from + 2 * (t * columns + c) : from;
-            void* const to = static_cast<unsigned char*>(shared) + 128 * r + 16 * (p ^ r % 8);
+            void* const to = static_cast<unsigned char*>(shared) + 128 * r + 16 * (p ^ (turn + r) % 8);
             unsigned char* const data = emu::bulk_copy("bulk_copy_2d", site, to, piece, 16, bytes, b);
             if (bytes) memcpy(data, piece, bytes);
         }
