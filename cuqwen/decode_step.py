@@ -26,6 +26,7 @@ WARPS = 8  # consumers of a block; one more produces
 THREADS = 32 * (WARPS + 1)
 SLOT_BYTES, SLOTS = 16 << 10, 13
 SLOT_PITCH = SLOT_BYTES + 128
+COPIES = 4  # of the vectors that all blocks read
 MAX_SPLITS = 16
 HOPPER_SHARED_BYTES = 227 << 10
 NO_CHOICE = -1  # in `ids`, where the logits leave no token
@@ -228,4 +229,4 @@ def exchange_words(c: Config) -> int:
     shares = c.num_attention_heads * MAX_SPLITS * (c.head_dim + 2)
     projected = width + 2 * c.num_key_value_heads * c.head_dim
     choice = (CHOSEN_PITCH + 2) * MAX_BLOCKS + 2 * MAX_LOTS + c.vocab_size
-    return 2 * c.hidden_size + projected + width + c.intermediate_size + shares + choice
+    return COPIES * (2 * c.hidden_size + projected + width + c.intermediate_size) + shares + choice

@@ -21,13 +21,10 @@ __device__ __forceinline__ void finish_head(float* out, bool round, KV_TYPE* sto
     constexpr int E = D / 32;
     const int lane = threadIdx.x % 32, first = E * lane;
     float x[E / 2][2], g[E];
-    const u64* pairs[E / 2];
     if (gain)
 #pragma unroll
         for (int e = 0; e < E; e++) g[e] = gain[first + e];
-#pragma unroll
-    for (int n = 0; n < E / 2; n++) pairs[n] = words + first + 2 * n;
-    read_pairs<E / 2>(pairs, tag, x, patience);
+    read_pairs<E / 2>([&](int n) { return words + first + 2 * n; }, tag, x, patience);
     if (gain) {
         float squares = 0.0f;
 #pragma unroll
@@ -210,7 +207,7 @@ __device__ __forceinline__ void attend(Me& me, const u64* table, int l, int p, K
             sum = fmaf(shared.merge[w][e], factor, sum);
         }
         if (n == 1) {
-            publish(words + ATTENDED + unit * SHARE + e, __fdividef(sum, weight), tag);
+            publish_to_all(words + ATTENDED + unit * SHARE + e, __fdividef(sum, weight), tag);
         } else {
             u64* to = shares + (size_t)split * (SHARE + 2 * CH);
             publish(to + e, sum, tag);
@@ -223,9 +220,8 @@ __device__ __forceinline__ void attend(Me& me, const u64* table, int l, int p, K
     for (int e = t; e < SHARE; e += CONSUMERS) {
         const int element = split * (SHARE >> shift) + (e >> shift), h = element / D;
         const u64* from = shares + (size_t)(e & (n - 1)) * (SHARE + 2 * CH);
-        const u64* const pairs[2] = {from + SHARE + 2 * h, from + element / 2 * 2};  // polled together: one way there and back
-        float state[2][2];
-        read_pairs<2>(pairs, tag, state, me.patience);
+        float state[2][2];  // polled together: one way there and back
+        read_pairs<2>([&](int n) { return from + (n ? element / 2 * 2 : SHARE + 2 * h); }, tag, state, me.patience);
         float sum = element % 2 ? state[1][1] : state[1][0];
         float top = state[0][0];
         for (int offset = n / 2; offset; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
@@ -236,6 +232,6 @@ __device__ __forceinline__ void attend(Me& me, const u64* table, int l, int p, K
             weight += __shfl_xor_sync(0xffffffffu, weight, offset);
             sum += __shfl_xor_sync(0xffffffffu, sum, offset);
         }
-        if ((e & (n - 1)) == 0) publish(words + ATTENDED + unit * SHARE + element, __fdividef(sum, weight), tag);
+        if ((e & (n - 1)) == 0) publish_to_all(words + ATTENDED + unit * SHARE + element, __fdividef(sum, weight), tag);
     }
 }

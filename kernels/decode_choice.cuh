@@ -47,10 +47,10 @@ __device__ __forceinline__ Chosen choose_token(Consumer& me, u64 best, u64* word
     }
     best = 0;
 #pragma unroll 1
-    for (int b = t; b < int(gridDim.x); b += CONSUMERS) {
-        const u64* const pair[1] = {words + BEST + 2 * b};
+    for (int b0 = 0; b0 < int(gridDim.x); b0 += CONSUMERS) {
+        const int b = min(b0 + t, int(gridDim.x) - 1);
         float both[1][2];
-        read_pairs<1>(pair, tag, both, me.patience);
+        read_pairs<1>([&](int) { return words + BEST + 2 * b; }, tag, both, me.patience);
         best = max(best, (u64)__float_as_uint(both[0][0]) << 32 | __float_as_uint(both[0][1]));
     }
     if (t == CONSUMERS - 1) shared.halted = __float_as_uint(read_word(words + CHOSEN, tag, me.patience));

@@ -186,9 +186,8 @@ __device__ __noinline__ Chosen choose_token(Shared& shared, Patience patience, c
         for (int b = t; b < int(gridDim.x); b += CONSUMERS) store_relaxed2(words + CHOSEN + b * CHOSEN_PITCH, (u64)tag << 32 | unsigned(token), state);
         fence_proxy_async();
     }
-    const u64* const pair[1] = {words + CHOSEN + blockIdx.x * CHOSEN_PITCH};
     float both[1][2];
-    read_pairs<1>(pair, tag, both, patience);
+    read_pairs<1>([&](int) { return words + CHOSEN + blockIdx.x * CHOSEN_PITCH; }, tag, both, patience);
     if (in.history) __threadfence();
     if (patience.lost) shared.lost = 1;
     block_barrier();

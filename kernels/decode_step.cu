@@ -67,7 +67,7 @@ enum Array { INPUT_NORM, Q_PROJ, K_PROJ, V_PROJ, Q_BIAS, K_BIAS, V_BIAS, Q_NORM,
 // done, TOPS: of lots.
 constexpr int MAX_BLOCKS = 1024, MAX_LOTS = 8192, CHOSEN_PITCH = 16;
 constexpr int AFTER_O = 0, AFTER_DOWN = AFTER_O + C, PROJECTED = AFTER_DOWN + C, ATTENDED = PROJECTED + QKV,
-              ACTIVATION = ATTENDED + HD, SHARES = ACTIVATION + F, CHOSEN = SHARES + UNITS * MAX_SPLITS * (SHARE + 2 * CH),
+              ACTIVATION = ATTENDED + HD, VECTORS = ACTIVATION + F, COPIES = 4, SHARES = COPIES * VECTORS, CHOSEN = SHARES + UNITS * MAX_SPLITS * (SHARE + 2 * CH),
               BEST = CHOSEN + CHOSEN_PITCH * MAX_BLOCKS, TOPS = BEST + 2 * MAX_BLOCKS, LOGITS = TOPS + 2 * MAX_LOTS;
 
 __host__ __device__ constexpr int segments(int k) { return (k + SEGMENT - 1) / SEGMENT; }
@@ -192,23 +192,7 @@ struct Consumer {
                     }
                 return;
             }
-#pragma unroll 1
-            for (unsigned tries = 0;; tries++) {
-                u64 word[N][2];
-                bool ready = true;
-#pragma unroll
-                for (int m = 0; m < N; m++)
-                    if (has_chunk<COLUMNS>(n + m, warp)) load_relaxed2(words + first + chunk(n + m), word[m][0], word[m][1]);
-#pragma unroll
-                for (int m = 0; m < N; m++)
-                    if (has_chunk<COLUMNS>(n + m, warp))
-#pragma unroll
-                        for (int e = 0; e < 2; e++) {
-                            ready &= unsigned(word[m][e] >> 32) == tag;
-                            x[m][e] = __uint_as_float(unsigned(word[m][e]));
-                        }
-                if (ready || (tries % 256 == 255 && patience.over())) return;
-            }
+read_pairs<N>([&](int m) { return words + first + chunk(n + m); }, tag, x, patience, [&](int m) { return has_chunk<COLUMNS>(n + m, warp); });
         });
     }
 };
@@ -228,6 +212,7 @@ struct Token {
 __device__ __forceinline__ void run_layers(Consumer& me, const Token& token, const u64* table, const W_TYPE* embed, KV_TYPE* keys, KV_TYPE* values,
                                            u64* words, int S, float eps) {
     const int t = threadIdx.x, p = token.known ? token.position : 0;
+    const u64* const copy = copy_of(words);
     const W_TYPE* embedded = embed + (size_t)(token.known ? token.id : 0) * C;
 #pragma unroll 1
     for (int l = 0; l < opaque(L); l++) {  // or registers are spilled
@@ -238,7 +223,7 @@ __device__ __forceinline__ void run_layers(Consumer& me, const Token& token, con
         KV_TYPE *k = keys + (size_t)l * S * K * D, *v = values + (size_t)l * S * K * D;
         {  // norm, projections
             Vector<C> x;
-            const float* squares = me.share_squares(0, me.read<C>(x, array<float>(table, l, INPUT_NORM), words + AFTER_DOWN, tag - 1, l ? nullptr : embedded));
+            const float* squares = me.share_squares(0, me.read<C>(x, array<float>(table, l, INPUT_NORM), copy + AFTER_DOWN, tag - 1, l ? nullptr : embedded));
             me.multiply<C>(x, qkv.size(), [&](int first, int rows, const float* part) {
                 if (t >= rows) return;
                 const int r = qkv.first + first + t;
@@ -253,32 +238,32 @@ __device__ __forceinline__ void run_layers(Consumer& me, const Token& token, con
         attend(me, table, l, p, k, v, words, tag, eps);
         {  // output projection, residual added
             float before = 0.0f;
-            if (has_element) before = l ? read_word(words + AFTER_DOWN + mine, tag - 1, me.patience) : token.known ? to_float(embedded[mine]) : NOT_A_NUMBER;
+            if (has_element) before = l ? read_word(copy + AFTER_DOWN + mine, tag - 1, me.patience) : token.known ? to_float(embedded[mine]) : NOT_A_NUMBER;
             Vector<HD> x;
-            me.read<HD>(x, nullptr, words + ATTENDED, tag);
+            me.read<HD>(x, nullptr, copy + ATTENDED, tag);
             me.multiply<HD>(x, vector.size(), [&](int, int rows, const float* part) {
-                if (t < rows) publish(words + AFTER_O + mine, before + sum_warps(part + t * PITCH), tag);
+                if (t < rows) publish_to_all(words + AFTER_O + mine, before + sum_warps(part + t * PITCH), tag);
             });
         }
         {  // norm, gate and up, whose tiles take turns
             Vector<C> x;
-            const float* squares = me.share_squares(1, me.read<C>(x, array<float>(table, l, POST_NORM), words + AFTER_O, tag));
+            const float* squares = me.share_squares(1, me.read<C>(x, array<float>(table, l, POST_NORM), copy + AFTER_O, tag));
             me.multiply<C, 2>(x, ffn.size(), [&](int first, int rows, const float* part) {
                 if (t >= rows) return;
                 const float scale = inverse_rms(squares, eps), *pair = part + (t / ROWS * 2 * ROWS + t % ROWS) * PITCH;
                 const float gate = sum_warps(pair) * scale, up = sum_warps(pair + ROWS * PITCH) * scale;
-                publish(words + ACTIVATION + ffn.first + first + t, gate * __fdividef(up, 1.0f + expf(-gate)), tag);
+                publish_to_all(words + ACTIVATION + ffn.first + first + t, gate * __fdividef(up, 1.0f + expf(-gate)), tag);
             });
         }
         {  // down, residual added
             float before = 0.0f;
-            if (has_element) before = read_word(words + AFTER_O + mine, tag, me.patience);
+            if (has_element) before = read_word(copy + AFTER_O + mine, tag, me.patience);
             // the new keys and values, for bulk copies of others: these threads publish below
             if (l == L - 1 && t < PASS * ROWS && !token.is_last) __threadfence(), fence_proxy_async_all();
             Vector<F> x;
-            me.read<F>(x, nullptr, words + ACTIVATION, tag);
+            me.read<F>(x, nullptr, copy + ACTIVATION, tag);
             me.multiply<F>(x, vector.size(), [&](int, int rows, const float* part) {
-                if (t < rows) publish(words + AFTER_DOWN + mine, before + sum_warps(part + t * PITCH), tag);
+                if (t < rows) publish_to_all(words + AFTER_DOWN + mine, before + sum_warps(part + t * PITCH), tag);
             });
         }
     }
@@ -358,7 +343,7 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
         {  // norm, logits
             const Deal head = shared.head;
             Vector<C> x;
-            const float* squares = me.share_squares(0, me.read<C>(x, norm, words + AFTER_DOWN, tag));
+            const float* squares = me.share_squares(0, me.read<C>(x, norm, copy_of(words) + AFTER_DOWN, tag));
             me.barrier();  // now this block has heard of everybody's new keys and values
             if (!token.is_last) __threadfence();
             if (!token.is_last && token.position + 1 < S) turn_by(token.position + 1);

@@ -15,23 +15,39 @@ struct Patience {
     }
 };
 
-// N pairs of words; p[n] is 16-byte aligned.
-template <int N> __device__ __forceinline__ void read_pairs(const u64* const* p, unsigned tag, float (&x)[N][2], Patience& patience) {
+// For all blocks: where many poll one line of the L2 cache, each of them waits for the others.
+__device__ __forceinline__ void publish_to_all(u64* word, float value, unsigned tag) {
+#pragma unroll
+    for (int copy = 0; copy < COPIES; copy++) publish(word + copy * VECTORS, value, tag);
+}
+// The copy of the vectors that this block reads.
+__device__ __forceinline__ const u64* copy_of(const u64* words) { return words + blockIdx.x % COPIES * VECTORS; }
+
+// N pairs of words, once they have this tag: words(n) is the 16-byte aligned address of the n-th, if there(n). The whole warp.
+struct All {
+    __device__ bool operator()(int) const { return true; }
+};
+template <int N, class Words, class There = All>
+__device__ __forceinline__ void read_pairs(const Words& words, unsigned tag, float (&x)[N][2], Patience& patience, const There& there = {}) {
+    u64 word[N][2];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        if (there(n)) load_relaxed2(words(n), word[n][0], word[n][1]);
 #pragma unroll 1
     for (unsigned tries = 0;; tries++) {
-        u64 word[N][2];
-        bool ready = true;
-#pragma unroll
-        for (int n = 0; n < N; n++) load_relaxed2(p[n], word[n][0], word[n][1]);
+        bool ready = true, here[N];
 #pragma unroll
         for (int n = 0; n < N; n++)
+            if (there(n)) ready &= here[n] = unsigned(word[n][0] >> 32) == tag && unsigned(word[n][1] >> 32) == tag;
+        if (__all_sync(0xffffffffu, ready)) break;
+        if (tries % 256 == 255 && __any_sync(0xffffffffu, patience.over())) break;
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                ready &= unsigned(word[n][e] >> 32) == tag;
-                x[n][e] = __uint_as_float(unsigned(word[n][e]));
-            }
-        if (ready || (tries % 256 == 255 && patience.over())) return;
+        for (int n = 0; n < N; n++)
+            if (there(n) && !here[n]) load_relaxed2(words(n), word[n][0], word[n][1]);
     }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        if (there(n)) x[n][0] = __uint_as_float(unsigned(word[n][0])), x[n][1] = __uint_as_float(unsigned(word[n][1]));
 }
 
 __device__ __forceinline__ float read_word(const u64* p, unsigned tag, Patience& patience) {
