@@ -44,7 +44,7 @@ struct Ring {
     int slot = 0;
     unsigned parity = 0;
     bool ended = false;  // no frame will be free any more
-    int in_flight = 1;  // frames that may be on their way, and one more when the ring runs low
+    int in_flight = 1, low = 0;  // frames that may be on their way; one more when so many or fewer wait to be used
     __device__ void next() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
@@ -55,9 +55,9 @@ struct Ring {
         while (!*over && !mbarrier_try_wait(chosen, n + 1 & 1)) {}
         fence_proxy_async_all();  // bulk copies of keys and values that other blocks have written
     }
-    // Whether LOW frames or fewer wait to be used: the slot that is then free is.
+    // Whether `low` frames or fewer wait to be used: the slot that is then free is.
     __device__ bool runs_low() const {
-        const int ahead = slot + SLOTS - 1 - LOW;
+        const int ahead = slot + SLOTS - 1 - low;
         const bool wraps = ahead >= SLOTS;
         return mbarrier_test_wait(empty + ahead - (wraps ? SLOTS : 0), parity ^ 1 ^ unsigned(wraps));
     }
@@ -97,15 +97,16 @@ struct Ring {
 };
 
 // Frames on their way: what waits for words queues behind them all, so few where the exchanges bound a layer, more where its bytes do.
-// On an H100, us a token with 1, 2, 3, 4 and none more for a low ring: 0.6B, 15 frames a layer and block, 510, 579, -, -; 1.7B, 47 frames,
-// 1,462, 1,183, 1,198, 1,246; 8B, 178 frames, -, 5,296, 5,142, 5,210.
-__device__ __forceinline__ int in_flight(const Share& keys) {
+// On an H100, us a token: 0.6B, 15 frames a layer and block, one 444, two 456, one and low at 4, 6, 8, 10 frames 460, 444, 444, 438 (at 8,192
+// tokens, 31 frames, two: -, 848, 857, 869); 1.7B, 47 frames, two and low at 4, 8 1,193, 1,170; 4B and 8B, three or four: the same.
+__device__ __forceinline__ void pace(Ring& ring, const Share& keys) {
     constexpr long long LAYER = 1ll * QKV * C + HD * C + 3ll * F * C;
     const int frames = int(LAYER / (ROWS * SEGMENT) / gridDim.x) + keys.frames();
-    return frames < 20 ? 1 : frames < 70 ? 2 : 3;
+    ring.in_flight = frames < 20 ? 1 : frames < 70 ? 2 : 3;
+    ring.low = min(SLOTS - 2, frames < 20 ? 10 : 6);
 }
 // Nobody waits for words there. The block that chooses takes more, so that it has its rows early and can look at those of the others.
-constexpr int HEAD_IN_FLIGHT = 4, CHOOSER_IN_FLIGHT = SLOTS - 2;
+constexpr int HEAD_IN_FLIGHT = 6, CHOOSER_IN_FLIGHT = SLOTS - 2;
 
 // `count` rows of a matrix, 4 or 8, segment after segment, into the ring. The whole producer warp.
 template <int COLUMNS> __device__ __forceinline__ void produce(Ring& ring, const W_TYPE* rows, int count = ROWS) {
@@ -151,7 +152,7 @@ __device__ __forceinline__ const W_TYPE* qkv_rows(const u64* table, int layer, i
 // For the n-th token of a launch, from 0 on, with `cached` tokens before it.
 __device__ __forceinline__ void produce_layers(Ring& ring, int n, const u64* table, int cached, const TensorMap* keys, const TensorMap* values, int S) {
     const Share mine(cached);
-    ring.in_flight = in_flight(mine);
+    pace(ring, mine);
 #pragma unroll 1
     for (int l = 0; l < L && !*ring.over; l++) {
         const Deal qkv(QKV, l, ROWS), vector(C, l, 4), ffn(F, l, 4);

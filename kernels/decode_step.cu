@@ -57,7 +57,6 @@ constexpr int PASS = 8, PITCH = WARPS;                              // tiles bet
 constexpr int CH = UNIT_HEADS, UNITS = H / CH, SHARE = CH * D;
 constexpr int KEY_BYTES = D * sizeof(KV_TYPE), FRAME_KEYS = SLOT / 2 / KEY_BYTES;  // a frame has the keys and the values of so many rows
 constexpr int SPLIT_KEYS = 96, MAX_SPLITS = 16;  // blocks that share a head's keys have so many each, or more
-constexpr int LOW = 4;  // frames
 static_assert(H % K == 0 && (H / K) % CH == 0 && C % CHUNK == 0 && HD % CHUNK == 0 && F % CHUNK == 0 && D % 64 == 0 && D <= 128, "");
 static_assert(CH + 2 <= WARPS, "");
 
@@ -154,6 +153,7 @@ struct Consumer {
             float* part = shared.part[buffer];
             const int n = min(PASS, tiles - t0);
             int t = 0;
+            if (segments(COLUMNS) == 1 && TOGETHER == 2 && n == 6) multiply_tiles<COLUMNS, 6>(ring, v, part, warp, lane), t = 6;
             if (segments(COLUMNS) == 1)  // the latencies of four tiles overlap
 #pragma unroll 1
                 for (; t + 4 <= n; t += 4) multiply_tiles<COLUMNS, 4>(ring, v, part + t * ROWS * PITCH, warp, lane);

@@ -71,16 +71,6 @@ template <int COLUMNS> __device__ __forceinline__ bool has_chunk(int n, int warp
     return n < segments(COLUMNS) * CHUNKS && ((n / CHUNKS + 1) * SEGMENT <= COLUMNS || chunk(n) + warp * OWN < COLUMNS);
 }
 
-// Two values as three pairs of bf16, which add up to them exactly.
-__device__ __forceinline__ void split(float x, float y, unsigned (&parts)[3]) {
-#pragma unroll
-    for (int p = 0; p < 3; p++) {
-        const bf16 a = __float2bfloat16_rn(x), b = __float2bfloat16_rn(y);
-        parts[p] = (unsigned)__bfloat16_as_ushort(b) << 16 | __bfloat16_as_ushort(a);
-        x -= __bfloat162float(a), y -= __bfloat162float(b);
-    }
-}
-
 // Fills `v`, where get(n, x) gives x[m] = the two values from this lane's column on in the warp's chunk n + m,
 // and each value is multiplied by weight[column] if there is one. `scratch`, [6][16] words of this warp, hands the parts to the
 // lanes that need them. Returns this lane's share of the sum of squares before the weight.
@@ -107,7 +97,7 @@ __device__ __forceinline__ float load_vector(Vector<COLUMNS>& v, const float* __
             squares = fmaf(a, a, fmaf(b, b, squares));
             if (weight) a *= w[m][0], b *= w[m][1];
             unsigned parts[3];
-            split(a, b, parts);
+            cut(a, b, parts);
 #pragma unroll
             for (int p = 0; p < 3; p++) to[16 * p] = parts[p];
             __syncwarp();
@@ -118,6 +108,27 @@ __device__ __forceinline__ float load_vector(Vector<COLUMNS>& v, const float* __
     return squares;
 }
 
+// Adds up, over the four lanes i of a row, its sums of T tiles: part[(8 t + row) PITCH + warp].
+template <int T> __device__ __forceinline__ void store_sums(float* part, float* sum, int i, int row, int warp) {
+    // each lane gives half of its sums away and keeps the other half, until one is left
+#pragma unroll
+    for (int bit = 2, left = T; bit; bit >>= 1, left = left > 1 ? left / 2 : 1) {
+        const bool upper = i & bit;
+        if (left == 1) {
+            sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], bit);
+            continue;
+        }
+#pragma unroll
+        for (int k = 0; k < T / 2; k++) {
+            if (k >= left / 2) break;
+            const float given = upper ? sum[k] : sum[k + left / 2], kept = upper ? sum[k + left / 2] : sum[k];
+            sum[k] = kept + __shfl_xor_sync(0xffffffffu, given, bit);
+        }
+    }
+    constexpr int SAME = 4 / T;  // lanes that hold the same sum
+    if (i % SAME == 0) part[(i / SAME * ROWS + row) * PITCH + warp] = sum[0];
+}
+
 // The next T tiles of 8 rows from the ring times the vector; this warp's share of the dot product of row n goes to part[n PITCH + warp].
 //
 // A tile is the left factor as it lies in memory: a lane's 16 bytes of a row are its four registers of the fragment [16, 16], in which rows g
@@ -125,7 +136,7 @@ __device__ __forceinline__ float load_vector(Vector<COLUMNS>& v, const float* __
 // and products; of these, columns 0 to 2 count in rows 0 to 7 and columns 3 to 5 in the others.
 template <int COLUMNS, int T>
 __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>& v, float* part, int warp, int lane) {
-    constexpr int N = segments(COLUMNS), FRAMES = T * N, AT_ONCE = 4, CHAINS = T == 4 ? 2 : 4;
+    constexpr int N = segments(COLUMNS), FRAMES = T * N, AT_ONCE = T == 6 ? 6 : 4, CHAINS = T >= 4 ? 2 : 4;
     const int i = lane % 4, row = tile_row(lane / 4), at = row_place<N == 1 ? COLUMNS : SEGMENT>(row) + warp * OWN * 2 + i * 16;
     float acc[T][CHAINS][4];
 #pragma unroll
@@ -164,23 +175,12 @@ __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>
         for (int e = 0; e < 4; e++) c[e] = CHAINS == 2 ? acc[t][0][e] + acc[t][1][e] : (acc[t][0][e] + acc[t][1][e]) + (acc[t][2][e] + acc[t][3][e]);
         sum[t] = i == 3 ? 0.0f : (i < 2 ? c[0] : c[2]) + (i < 1 ? c[1] : c[3]);
     }
-    // over the four i: each lane gives half of its sums away and keeps the other half, until one is left
-#pragma unroll
-    for (int bit = 2, left = T; bit; bit >>= 1, left = left > 1 ? left / 2 : 1) {
-        const bool upper = i & bit;
-        if (left == 1) {
-            sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], bit);
-            continue;
-        }
-#pragma unroll
-        for (int k = 0; k < T / 2; k++) {
-            if (k >= left / 2) break;
-            const float given = upper ? sum[k] : sum[k + left / 2], kept = upper ? sum[k + left / 2] : sum[k];
-            sum[k] = kept + __shfl_xor_sync(0xffffffffu, given, bit);
-        }
+    if constexpr (T == 6) {
+        store_sums<4>(part, sum, i, row, warp);
+        store_sums<2>(part + 4 * ROWS * PITCH, sum + 4, i, row, warp);
+    } else {
+        store_sums<T>(part, sum, i, row, warp);
     }
-    constexpr int COPIES = 4 / T;  // lanes that hold the same sum
-    if (i % COPIES == 0) part[(i / COPIES * ROWS + row) * PITCH + warp] = sum[0];
 }
 
 __device__ __forceinline__ float sum_warps(const float* p) {
