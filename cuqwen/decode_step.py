@@ -34,7 +34,7 @@ LOST, ENDED = 1, 2  # in `state`: a block gave up waiting; nothing follows
 NOT_YET = -2  # in `tokens`
 MAX_ENDS = 32
 MAX_BLOCKS, MAX_LOTS, CHOSEN_PITCH = 1024, 8192, 16
-MANY_KEYS = 7168  # cached tokens from which the two query heads of a key head are computed together
+MANY_KEYS = 5120  # cached tokens from which the two query heads of a key head are computed together
 
 
 def variants() -> Iterator[tuple[str, launch.Defines]]:
@@ -71,8 +71,8 @@ def defines(c: Config, kv_dtype: np.dtype, sampled: bool = False, many_keys: boo
 
 def _unit_heads(c: Config, many_keys: bool = False) -> int:
     """Query heads that one block computes together, as each reads the keys. The two of a key head apart, which is more blocks,
-    where keys are few: Qwen3-0.6B on an H100, a token of 128, 4,096, 8,192, 32,768 cached ones: apart 501, 676, 885, 2,043 us,
-    together 512, 721, 875, 1,790."""
+    where keys are few: Qwen3-0.6B on an H100, a token of 4,096, 5,200, 7,000 cached ones: apart 651, 712, 811 us, together 659,
+    707, 768; of 32,768 2,043 and 1,790 (the day before)."""
     group = c.num_attention_heads // c.num_key_value_heads
     return 2 if group % 2 == 0 and (group > 2 or many_keys) else 1
 

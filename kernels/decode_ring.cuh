@@ -96,17 +96,20 @@ struct Ring {
     }
 };
 
+// With one more they still fit into a small ring.
+__host__ __device__ constexpr int in_ring(int frames) { return frames < SLOTS - 1 ? frames : SLOTS - 1; }
+
 // Frames on their way: what waits for words queues behind them all, so few where the exchanges bound a layer, more where its bytes do.
 // On an H100, us a token: 0.6B, 15 frames a layer and block, one 444, two 456, one and low at 4, 6, 8, 10 frames 460, 444, 444, 438 (at 8,192
 // tokens, 31 frames, two: -, 848, 857, 869); 1.7B, 47 frames, two and low at 4, 8 1,193, 1,170; 4B and 8B, three or four: the same.
 __device__ __forceinline__ void pace(Ring& ring, const Share& keys) {
     constexpr long long LAYER = 1ll * QKV * C + HD * C + 3ll * F * C;
     const int frames = int(LAYER / (ROWS * SEGMENT) / gridDim.x) + keys.frames();
-    ring.in_flight = frames < 20 ? 1 : frames < 70 ? 2 : 3;
+    ring.in_flight = in_ring(frames < 20 ? 1 : frames < 70 ? 2 : 3);
     ring.low = min(SLOTS - 2, frames < 20 ? 10 : 6);
 }
 // Nobody waits for words there. The block that chooses takes more, so that it has its rows early and can look at those of the others.
-constexpr int HEAD_IN_FLIGHT = 6, CHOOSER_IN_FLIGHT = SLOTS - 2;
+constexpr int HEAD_IN_FLIGHT = in_ring(SAMPLED ? 4 : 6), CHOOSER_IN_FLIGHT = SLOTS - 2;
 
 // `count` rows of a matrix, 4 or 8, segment after segment, into the ring. The whole producer warp.
 template <int COLUMNS> __device__ __forceinline__ void produce(Ring& ring, const W_TYPE* rows, int count = ROWS) {

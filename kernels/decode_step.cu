@@ -30,8 +30,8 @@
 //              on their way at a time; between two tokens it waits for the choice, with the first product's tiles sent but in the block that
 //              chooses (decode_ring.cuh). A consumer warp owns 128 columns of every 1024: it waits for just these values of the vector,
 //              multiplies all rows by them on the tensor cores, and the 8 partial sums of a row meet in shared memory.
-// Exchange     between blocks by words {float32 value, tag}: a reader polls the very word that it needs, and no
-//              counter or barrier of the grid exists. Five exchanges a layer (vector, qkv, attention, vector, activation), one
+// Exchange     between blocks by words {float32 value, tag}: a reader polls the very word that it needs, in one of COPIES
+//              of the vectors, and no counter or barrier of the grid exists. Five exchanges a layer (vector, qkv, attention, vector, activation), one
 //              more where a head's keys are shared out, one for the choice. A word is written again only after everybody has passed it:
 //              each block publishes in each exchange of the vector and in that of the choice, and all wait for all of them. Fences: one a
 //              token, before the last exchange of the vector, for the new keys and values, which others' bulk copies read for the next
@@ -39,12 +39,12 @@
 // Choice       arg-max: every block publishes its best and finds the best of all. SAMPLED: every block looks at the groups of logits that it
 //              has computed, and the last block chooses (decode_sampled.cuh).
 // Precision    as the operations: float32 everywhere, one rounding where k and v are stored. A float32 factor of a product is the
-//              exact sum of three bf16 parts, each multiplied on the tensor cores; the parts are rows of one fragment.
+//              exact sum of three bf16 parts, each multiplied on the tensor cores; the parts are columns of one fragment.
 // Error bound  that of the operations
 // Traffic      a token: all weights once and 2 L p K D sizeof(KV_TYPE) bytes of cache
 // Determinism  fixed order of summation; the split of the keys follows from p, and nothing from timing but after how many tokens `halt` ends
 // Limits       UNITS = H / UNIT_HEADS <= W <= C / 4 <= 16 W, where W is gridDim.x. A block that waits longer than 2 s goes on with what it has.
-//              Finite weights: an infinite one gives NaN, as do values above 3.39e38
+//              Finite weights and values: an infinite one gives NaN
 // Wrapper decode_step.DecodeStep · truth the operations · test tests/test_decode_step.py, test_decode_many.py · benchmark benchmarks/decode.py
 #include "common.cuh"
 #include "ptx.cuh"
@@ -52,8 +52,8 @@
 constexpr int L = LAYERS, C = HIDDEN, H = HEADS, K = KV_HEADS, D = HEAD_DIM, F = FFN, HD = H * D, QKV = (H + 2 * K) * D;
 constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, ROWS = 8, SEGMENT = 1024, CHUNK = 64;  // more warps would have too few registers
 constexpr int OWN = SEGMENT / WARPS, CHUNKS = OWN / CHUNK;  // columns of a warp in a segment, in chunks of one fragment
-constexpr int SLOT = ROWS * SEGMENT * 2, SLOT_PITCH = SLOT + 128;  // bytes
-constexpr int PASS = 8, PITCH = WARPS;                              // tiles between two barriers; floats
+constexpr int SLOT = ROWS * SEGMENT * 2, SLOT_PITCH = SLOT + 128;  // bytes; half of a tile is moved by 64
+constexpr int PASS = 8, PITCH = WARPS;  // tiles between two barriers; floats from row to row
 constexpr int CH = UNIT_HEADS, UNITS = H / CH, SHARE = CH * D;
 constexpr int KEY_BYTES = D * sizeof(KV_TYPE), FRAME_KEYS = SLOT / 2 / KEY_BYTES;  // a frame has the keys and the values of so many rows
 constexpr int SPLIT_KEYS = 96, MAX_SPLITS = 16;  // blocks that share a head's keys have so many each, or more
@@ -66,8 +66,8 @@ enum Array { INPUT_NORM, Q_PROJ, K_PROJ, V_PROJ, Q_BIAS, K_BIAS, V_BIAS, Q_NORM,
 // done, TOPS: of lots.
 constexpr int MAX_BLOCKS = 1024, MAX_LOTS = 8192, CHOSEN_PITCH = 16;
 constexpr int AFTER_O = 0, AFTER_DOWN = AFTER_O + C, PROJECTED = AFTER_DOWN + C, ATTENDED = PROJECTED + QKV,
-              ACTIVATION = ATTENDED + HD, VECTORS = ACTIVATION + F, COPIES = 4, SHARES = COPIES * VECTORS, CHOSEN = SHARES + UNITS * MAX_SPLITS * (SHARE + 2 * CH),
-              BEST = CHOSEN + CHOSEN_PITCH * MAX_BLOCKS, TOPS = BEST + 2 * MAX_BLOCKS, LOGITS = TOPS + 2 * MAX_LOTS;
+              ACTIVATION = ATTENDED + HD, VECTORS = ACTIVATION + F, COPIES = 4, SHARES = COPIES * VECTORS,
+              CHOSEN = SHARES + UNITS * MAX_SPLITS * (SHARE + 2 * CH), BEST = CHOSEN + CHOSEN_PITCH * MAX_BLOCKS, TOPS = BEST + 2 * MAX_BLOCKS, LOGITS = TOPS + 2 * MAX_LOTS;
 
 __host__ __device__ constexpr int segments(int k) { return (k + SEGMENT - 1) / SEGMENT; }
 
@@ -153,7 +153,8 @@ struct Consumer {
             float* part = shared.part[buffer];
             const int n = min(PASS, tiles - t0);
             int t = 0;
-            if (segments(COLUMNS) == 1 && TOGETHER == 2 && n == 6) multiply_tiles<COLUMNS, 6>(ring, v, part, warp, lane), t = 6;
+            if (segments(COLUMNS) == 1 && TOGETHER == 2 && SLOTS >= 6 && n == 6)  // 0.6B's gate and up
+                multiply_tiles<COLUMNS, 6>(ring, v, part, warp, lane), t = 6;
             if (segments(COLUMNS) == 1)  // the latencies of four tiles overlap
 #pragma unroll 1
                 for (; t + 4 <= n; t += 4) multiply_tiles<COLUMNS, 4>(ring, v, part + t * ROWS * PITCH, warp, lane);

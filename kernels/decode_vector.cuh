@@ -15,7 +15,7 @@ struct Patience {
     }
 };
 
-// For all blocks: where many poll one line of the L2 cache, each of them waits for the others.
+// For all blocks, in copies, as those that poll one line of the L2 cache wait for each other: 466 us with one, 460 with four, 469 with eight.
 __device__ __forceinline__ void publish_to_all(u64* word, float value, unsigned tag) {
 #pragma unroll
     for (int copy = 0; copy < COPIES; copy++) publish(word + copy * VECTORS, value, tag);
@@ -23,7 +23,8 @@ __device__ __forceinline__ void publish_to_all(u64* word, float value, unsigned 
 // The copy of the vectors that this block reads.
 __device__ __forceinline__ const u64* copy_of(const u64* words) { return words + blockIdx.x % COPIES * VECTORS; }
 
-// N pairs of words, once they have this tag: words(n) is the 16-byte aligned address of the n-th, if there(n). The whole warp.
+// N pairs of words, once they have this tag: words(n) is the 16-byte aligned address of the n-th, if there(n). The whole warp, which leaves
+// together: where lanes went on as their words came, 0.6B took 484 instead of 466 us a token on an H100.
 struct All {
     __device__ bool operator()(int) const { return true; }
 };

@@ -258,14 +258,6 @@ __device__ __forceinline__ int load_host(const int* p) {
     return x;
 }
 
-// Lets that many cycles of the multiprocessor go by.
-__device__ __forceinline__ void spin(unsigned cycles) {
-    unsigned start, now;
-    asm volatile("mov.u32 %0, %%clock;" : "=r"(start));
-    do asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
-    while (now - start < cycles);
-}
-
 // Nanoseconds, the same for all blocks; advances in steps of up to a microsecond.
 __device__ __forceinline__ u64 global_timer() {
     u64 t;

@@ -13,8 +13,6 @@ from cuqwen import sources
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason=nvrtc.unavailable_reason())
 KERNELS = sorted(sources.KERNEL_FOLDER.glob("*.cu"))
 SOURCES = sorted(sources.KERNEL_FOLDER.glob("*.cu*"))
-# Bytes stored, loaded: of an address that is used once a token.
-SPILLS = {("decode_step", ("SAMPLED", "1"), "90a"): (4, 8)}
 FORBIDDEN = ("cooperative_groups", "cuda/barrier", "cuda/pipeline", "cuda/std", "cub/", "mma.h", "stdint", "cstdint")
 
 
@@ -27,14 +25,11 @@ def reports():
 def test_every_variant_compiles_without_spills_and_warnings(reports):
     for (file, defines, arch), (resources, warnings) in reports.items():
         what = f"{file} {defines} sm_{arch}"
-        spills = next(
-            (n for (name, define, on), n in SPILLS.items() if (name, on) == (file, arch) and define in defines), (0, 0)
-        )
-        assert bool(warnings) == any(spills), f"{what}: {warnings}"
+        assert not warnings, f"{what}: {warnings}"
         entries = {e for e in _entry_points(file) if arch == "90a" or "_wgmma" not in e}
         assert set(resources) == entries, what
         for entry, r in resources.items():
-            assert (r.spill_stores, r.spill_loads) == spills, f"{what} {entry}: {r}"
+            assert r.spill_stores == r.spill_loads == 0, f"{what} {entry}: {r}"
             assert 0 < r.registers <= 255 and r.shared <= 48 << 10, f"{what} {entry}: {r}"
     compiled = {}
     for file, _, arch in reports:

@@ -192,7 +192,6 @@ inline int load_host(const int* p, emu::Site site = {}) {
     return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
-inline void spin(unsigned) {}
 inline u64 global_timer() { return emu::clock_ns(); }
 
 // ---- launches that overlap ----

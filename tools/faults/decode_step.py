@@ -26,7 +26,7 @@ fault(
     TWO_HEADS,
 )
 fault(
-    "step-waits-for-the-wrong-layer", STEP, "words + AFTER_DOWN, tag - 1, l ?", "words + AFTER_DOWN, tag, l ?",
+    "step-waits-for-the-wrong-layer", STEP, "copy + AFTER_DOWN, tag - 1, l ?", "copy + AFTER_DOWN, tag, l ?",
     TWO_HEADS,
 )
 fault(
@@ -39,12 +39,24 @@ fault(
     TWO_HEADS,
 )
 fault(
-    "step-last-part-lost", STEP_VECTOR, "for (int p = 0; p < 3; p++) {\n        const bf16 a",
-    "for (int p = 0; p < 2; p++) {\n        const bf16 a", TWO_HEADS,
-    also=[("unsigned parts[3];\n            split", "unsigned parts[3] = {};\n            split")],
+    "step-last-part-lost", STEP_VECTOR, "to[16 * p] = parts[p];", "to[16 * p] = p ? parts[p] : 0;", TWO_HEADS,
 )
-fault("step-slice-misread", STEP_VECTOR, "(n + j + step) % 4", "(n + step) % 4", TWO_HEADS)
-fault("step-halves-not-swapped", STEP_VECTOR, "g < 4 ? b[0] : b[1], g < 4 ? b[1] : b[0]", "b[0], b[1]", TWO_HEADS)
+fault(
+    "step-columns-of-the-other-rows", STEP_VECTOR, "(i < 2 ? c[0] : c[2])", "(i < 1 ? c[0] : c[2])", TWO_HEADS,
+)
+fault(
+    "step-first-columns-twice", STEP_VECTOR, "v.part[m][b % 2 * 2], v.part[m][b % 2 * 2 + 1]", "v.part[m][0], v.part[m][1]",
+    TWO_HEADS,
+)
+fault(
+    "step-sums-of-tiles-exchanged", STEP_VECTOR, "part + 4 * ROWS * PITCH, sum + 4", "part + 4 * ROWS * PITCH, sum + 2",
+    SHARES,
+)
+fault("step-frames-not-waited-for", STEP_RING, "        if (there) return;\n", "        return;\n", TWO_HEADS)
+fault("step-one-copy-written", STEP_VECTOR, "copy < COPIES", "copy < 1", TWO_HEADS)
+fault(
+    "step-second-half-not-moved", STEP_RING, "slot + row_place<COLUMNS>(4 * lane)", "slot + 8 * lane * COLUMNS", TWO_HEADS,
+)
 fault("step-ring-never-turns-over", STEP_RING, "slot = 0, parity ^= 1;", "slot = 0;", SEGMENTS)
 fault("step-waits-for-a-later-frame", STEP_RING, "parity ^ unsigned(wrapped)", "parity", TWO_HEADS)
 fault(
@@ -88,7 +100,7 @@ fault(
     "score[h][u] = sum;", SHARES,
 )
 fault("step-values-behind-the-share", STEP_ATTENTION, "row, own, row < there[f], x)", "row, own, true, x)", SHARES)
-fault("step-pieces-not-turned", STEP_ATTENTION, "at % IN_BOX / IN_PIECE ^ row % 8", "at % IN_BOX / IN_PIECE", SHARES)
+fault("step-pieces-of-the-first-slot", STEP_ATTENTION, "(row + slot) % 8", "row % 8", SHARES)
 fault("step-keys-of-another-head", STEP_RING, "(mine.kv() * BOXES + lane % BOXES)", "lane % BOXES", TWO_HEADS)
 fault("step-keys-of-another-layer", STEP_RING, "mine, keys, values, l * S);", "mine, keys, values, 0);", TWO_HEADS)
 fault(
