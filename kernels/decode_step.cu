@@ -67,7 +67,8 @@ enum Array { INPUT_NORM, Q_PROJ, K_PROJ, V_PROJ, Q_BIAS, K_BIAS, V_BIAS, Q_NORM,
 constexpr int MAX_BLOCKS = 1024, MAX_LOTS = 8192, CHOSEN_PITCH = 16;
 constexpr int AFTER_O = 0, AFTER_DOWN = AFTER_O + C, PROJECTED = AFTER_DOWN + C, ATTENDED = PROJECTED + QKV,
               ACTIVATION = ATTENDED + HD, VECTORS = ACTIVATION + F, COPIES = 4, SHARES = COPIES * VECTORS,
-              CHOSEN = SHARES + UNITS * MAX_SPLITS * (SHARE + 2 * CH), BEST = CHOSEN + CHOSEN_PITCH * MAX_BLOCKS, TOPS = BEST + 2 * MAX_BLOCKS, LOGITS = TOPS + 2 * MAX_LOTS;
+              CHOSEN = SHARES + UNITS * MAX_SPLITS * (SHARE + 2 * CH), BEST = CHOSEN + CHOSEN_PITCH * MAX_BLOCKS,
+              TOPS = BEST + 2 * MAX_BLOCKS, LOGITS = TOPS + 2 * MAX_LOTS;
 
 __host__ __device__ constexpr int segments(int k) { return (k + SEGMENT - 1) / SEGMENT; }
 
@@ -129,74 +130,7 @@ struct Shared {
 };
 
 #include "decode_attention.cuh"
-
-struct Consumer {
-    Shared& shared;
-    Ring ring;
-    Patience patience;
-    int buffer = 0;
-
-    // Opaque, or what each stage derives from them is kept in registers across all the others, and spilled.
-    __device__ int warp() const { return opaque(threadIdx.x / 32); }
-    __device__ int lane() const { return opaque(threadIdx.x % 32); }
-
-    __device__ void barrier() { block_barrier(); }
-
-    // `rows` rows of a matrix times v, or of TOGETHER matrices whose tiles take turns, at most PASS tiles between two barriers; then
-    // finish(first row, rows, sums) with sums[row PITCH].
-    template <int COLUMNS, int TOGETHER = 1, class Finish>
-    __device__ __forceinline__ void multiply(const Vector<COLUMNS>& v, int rows, Finish finish) {
-        const int tiles = (rows + ROWS - 1) / ROWS * TOGETHER;
-#pragma unroll 1
-        for (int t0 = 0; t0 < tiles; t0 += PASS) {
-            const int warp = this->warp(), lane = this->lane();
-            float* part = shared.part[buffer];
-            const int n = min(PASS, tiles - t0);
-            int t = 0;
-            if (segments(COLUMNS) == 1 && TOGETHER == 2 && SLOTS >= 6 && n == 6)  // 0.6B's gate and up
-                multiply_tiles<COLUMNS, 6>(ring, v, part, warp, lane), t = 6;
-            if (segments(COLUMNS) == 1)  // the latencies of four tiles overlap
-#pragma unroll 1
-                for (; t + 4 <= n; t += 4) multiply_tiles<COLUMNS, 4>(ring, v, part + t * ROWS * PITCH, warp, lane);
-            if (segments(COLUMNS) <= 2)
-#pragma unroll 1
-                for (; t + 2 <= n; t += 2) multiply_tiles<COLUMNS, 2>(ring, v, part + t * ROWS * PITCH, warp, lane);
-#pragma unroll 1
-            for (; t < n; t++) multiply_tiles<COLUMNS, 1>(ring, v, part + t * ROWS * PITCH, warp, lane);
-            barrier();
-            const int first = t0 * ROWS / TOGETHER;
-            finish(first, min(n * ROWS / TOGETHER, rows - first), part);
-            buffer ^= 1;  // the next but one pass may write here: everybody is then past the barrier after this one
-        }
-    }
-
-    // Where the sum of squares of a vector is after the next barrier, from each lane's share of it.
-    __device__ __forceinline__ const float* share_squares(int which, float squares) {
-        squares = warp_sum(squares);
-        if (threadIdx.x % 32 == 0) shared.squares[which][threadIdx.x / 32] = squares;
-        return shared.squares[which];
-    }
-
-    // Reads a vector of words, or of the embedding where there is one.
-    template <int COLUMNS>
-    __device__ __forceinline__ float read(Vector<COLUMNS>& v, const float* weight, const u64* words, unsigned tag, const W_TYPE* embedded = nullptr) {
-        const int warp = this->warp(), lane = this->lane();
-        const int first = warp * OWN + 2 * lane;
-        return load_vector<COLUMNS>(v, weight, shared.scratch[warp], warp, lane, [&](int n, auto& x) {
-            constexpr int N = sizeof(x) / sizeof(x[0]);
-            if (embedded) {
-#pragma unroll
-                for (int m = 0; m < N; m++)
-                    if (has_chunk<COLUMNS>(n + m, warp)) {
-                        x[m][0] = shared.known ? to_float(embedded[first + chunk(n + m)]) : NOT_A_NUMBER;
-                        x[m][1] = shared.known ? to_float(embedded[first + chunk(n + m) + 1]) : NOT_A_NUMBER;
-                    }
-                return;
-            }
-read_pairs<N>([&](int m) { return words + first + chunk(n + m); }, tag, x, patience, [&](int m) { return has_chunk<COLUMNS>(n + m, warp); });
-        });
-    }
-};
+#include "decode_consumer.cuh"
 
 __device__ __forceinline__ float inverse_rms(const float* squares, float eps) { return inverse_sqrt(sum_warps(squares) / C + eps); }
 
@@ -224,7 +158,8 @@ __device__ __forceinline__ void run_layers(Consumer& me, const Token& token, con
         KV_TYPE *k = keys + (size_t)l * S * K * D, *v = values + (size_t)l * S * K * D;
         {  // norm, projections
             Vector<C> x;
-            const float* squares = me.share_squares(0, me.read<C>(x, array<float>(table, l, INPUT_NORM), copy + AFTER_DOWN, tag - 1, l ? nullptr : embedded));
+            const float share = me.read<C>(x, array<float>(table, l, INPUT_NORM), copy + AFTER_DOWN, tag - 1, l ? nullptr : embedded);
+            const float* squares = me.share_squares(0, share);
             me.multiply<C>(x, qkv.size(), [&](int first, int rows, const float* part) {
                 if (t >= rows) return;
                 const int r = qkv.first + first + t;
@@ -239,7 +174,8 @@ __device__ __forceinline__ void run_layers(Consumer& me, const Token& token, con
         attend(me, table, l, p, k, v, words, tag, eps);
         {  // output projection, residual added
             float before = 0.0f;
-            if (has_element) before = l ? read_word(copy + AFTER_DOWN + mine, tag - 1, me.patience) : token.known ? to_float(embedded[mine]) : NOT_A_NUMBER;
+            if (has_element)
+                before = l ? read_word(copy + AFTER_DOWN + mine, tag - 1, me.patience) : token.known ? to_float(embedded[mine]) : NOT_A_NUMBER;
             Vector<HD> x;
             me.read<HD>(x, nullptr, copy + ATTENDED, tag);
             me.multiply<HD>(x, vector.size(), [&](int, int rows, const float* part) {
