@@ -83,9 +83,9 @@ def graph_time(call: Callable[[int], Any], sets: int) -> Time:
 
 def warm(milliseconds: Callable[[], float]) -> list[float]:
     """Of REPLAYS calls, after others of WARM_UP_SECONDS."""
-    spent = 0.0
-    while spent < WARM_UP_SECONDS:
-        spent += 1e-3 * milliseconds()
+    until = time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < until:
+        milliseconds()
     return [milliseconds() for _ in range(REPLAYS)]
 
 

@@ -40,7 +40,7 @@ MANY_KEYS = 5120  # cached tokens from which the two query heads of a key head a
 def variants() -> Iterator[tuple[str, launch.Defines]]:
     """(file, -D constants) for the shapes of Qwen3-0.6B, standing for all.
 
-    Some larger ones spill registers (with the arg-max 8B 140 bytes, 4B 348, 14B 642, 32B 920), which their longer streams hide.
+    Some larger ones spill registers (with the arg-max 8B 4 bytes, 4B 264, 14B 568, 32B 1,188), which their longer streams hide.
     """
     for kv_dtype, sampled, many_keys in (
         (BF16, False, False),
@@ -105,7 +105,7 @@ def obstacle(model: Qwen3) -> str | None:
     widths = (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size)
     if any(width % 64 for width in widths) or c.vocab_size % 8 or c.head_dim not in (64, 128):
         return "it takes widths that are multiples of 64, heads of 64 or 128 and a vocabulary that is a multiple of 8"
-    if _slots(c) < 4:
+    if min(_slots(c), _slots(c, many_keys=True)) < 4:
         return f"{c.num_hidden_layers} layers leave too little shared memory for the ring"
     if blocks(model) < _least_blocks(c):
         needed = f"{_least_blocks(c)} blocks with {shared_bytes(c) >> 10} KB of shared memory"

@@ -74,7 +74,7 @@ template <int N> __device__ __forceinline__ void weigh(Running& head, float (&sc
 }
 
 // Elements `first` to first + 7 of a row of the ring's keys or values, zeros if it is not there: what lies in its place may be NaN. Its boxes
-// have rows of 128 bytes and piece n of row r at place n ^ (r + slot) % 8, as slots begin 128 bytes off.
+// have rows of 128 bytes and piece n of row r at place n ^ (r + slot) % 8, as each slot begins 128 bytes further off.
 __device__ __forceinline__ void load_row(const unsigned char* rows, int slot, int row, int first, bool there, float (&x)[8]) {
     constexpr int PIECES = sizeof(KV_TYPE) / 2, IN_PIECE = 8 / PIECES, IN_BOX = 8 * IN_PIECE;  // elements
     alignas(16) KV_TYPE raw[8];

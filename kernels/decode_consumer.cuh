@@ -64,7 +64,8 @@ struct Consumer {
                     }
                 return;
             }
-read_pairs<N>([&](int m) { return words + first + chunk(n + m); }, tag, x, patience, [&](int m) { return has_chunk<COLUMNS>(n + m, warp); });
+            const auto there = [&](int m) { return has_chunk<COLUMNS>(n + m, warp); };
+            read_pairs<N>([&](int m) { return words + first + chunk(n + m); }, tag, x, patience, there);
         });
     }
 };

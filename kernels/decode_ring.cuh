@@ -55,7 +55,7 @@ struct Ring {
         while (!*over && !mbarrier_try_wait(chosen, n + 1 & 1)) {}
         fence_proxy_async_all();  // bulk copies of keys and values that other blocks have written
     }
-    // Whether `low` frames or fewer wait to be used: the slot that is then free is.
+    // Whether `low` frames or fewer wait to be used: whether the one before them has been freed.
     __device__ bool runs_low() const {
         const int ahead = slot + SLOTS - 1 - low;
         const bool wraps = ahead >= SLOTS;
@@ -78,13 +78,13 @@ struct Ring {
         return slots + slot * SLOT_PITCH;
     }
     // Waits for the next N frames, or the next `count` if these are fewer.
-    template <int N> __device__ __forceinline__ void receive(int (&slots)[N], int count) {
+    template <int N> __device__ __forceinline__ void receive(int (&arrived)[N], int count) {
         unsigned phase[N];
         bool there = true;
 #pragma unroll
         for (int f = 0; f < N; f++)
             if (f < count) {
-                slots[f] = slot, phase[f] = parity;
+                arrived[f] = slot, phase[f] = parity;
                 there &= mbarrier_test_wait(full + slot, parity);
                 next();
             }
@@ -92,23 +92,24 @@ struct Ring {
 #pragma unroll
         for (int f = 0; f < N; f++)
             if (f < count)
-                while (!mbarrier_try_wait(full + slots[f], phase[f])) {}
+                while (!mbarrier_try_wait(full + arrived[f], phase[f])) {}
     }
 };
 
-// With one more they still fit into a small ring.
+// So many that with one more these are at most the ring, as far back as `wait_for_landing` sees.
 __host__ __device__ constexpr int in_ring(int frames) { return frames < SLOTS - 1 ? frames : SLOTS - 1; }
 
 // Frames on their way: what waits for words queues behind them all, so few where the exchanges bound a layer, more where its bytes do.
-// On an H100, us a token: 0.6B, 15 frames a layer and block, one 444, two 456, one and low at 4, 6, 8, 10 frames 460, 444, 444, 438 (at 8,192
-// tokens, 31 frames, two: -, 848, 857, 869); 1.7B, 47 frames, two and low at 4, 8 1,193, 1,170; 4B and 8B, three or four: the same.
+// On an H100, us a token. 0.6B, 15 frames a layer and block: one, and `low` 4, 6, 8, 10, 11, 460, 448, 449, 439, 443; two, and 8, 456. At 8,192
+// tokens, 31 frames: two, and 6, 8, 10, 848, 857, 869. 1.7B, 47 frames: two, and 4, 6, 8, 1,193, 1,165, 1,172. 4B and 8B: three or four, the same.
 __device__ __forceinline__ void pace(Ring& ring, const Share& keys) {
     constexpr long long LAYER = 1ll * QKV * C + HD * C + 3ll * F * C;
     const int frames = int(LAYER / (ROWS * SEGMENT) / gridDim.x) + keys.frames();
     ring.in_flight = in_ring(frames < 20 ? 1 : frames < 70 ? 2 : 3);
     ring.low = min(SLOTS - 2, frames < 20 ? 10 : 6);
 }
-// Nobody waits for words there. The block that chooses takes more, so that it has its rows early and can look at those of the others.
+// Nobody waits for words in the head, where `low` stays as it was. The block that chooses takes more, so that it has its rows early and can
+// look at those of the others.
 constexpr int HEAD_IN_FLIGHT = in_ring(SAMPLED ? 4 : 6), CHOOSER_IN_FLIGHT = SLOTS - 2;
 
 // `count` rows of a matrix, 4 or 8, segment after segment, into the ring. The whole producer warp.

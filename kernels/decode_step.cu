@@ -23,7 +23,8 @@
 //              step .. frequency  as of sample.cu, N = n_ids; null and 0 unless SAMPLED
 // Constants    LAYERS L, HIDDEN C, HEADS H, KV_HEADS K, HEAD_DIM D (64 or 128), FFN F; C, H D and F multiples of 64, V of 8
 //              W_TYPE bf16, KV_TYPE bf16 | f16 | f32, QK_NORM and QKV_BIAS 0 | 1, UNIT_HEADS query heads that attend together,
-//              SLOTS of 16 KB in the ring, SAMPLED 0: the arg-max of the logits below n_ids, the lowest id among equals, 1: as sample.cu chooses
+//              SLOTS of 16 KB in the ring, 4 or more; SAMPLED 0: the arg-max of the logits below n_ids, the lowest id among equals,
+//              1: as sample.cu chooses
 // Work         8 consumer warps and one producer warp a block. A matrix is dealt out in tiles of 8 rows, the last of a block
 //              often of 4; a block's tiles of a token, and between them its share of the cached keys and values, follow one another in an
 //              order that no value decides, so the producer streams them through the ring without a pause at stages or layers, few of them
@@ -33,18 +34,20 @@
 // Exchange     between blocks by words {float32 value, tag}: a reader polls the very word that it needs, in one of COPIES
 //              of the vectors, and no counter or barrier of the grid exists. Five exchanges a layer (vector, qkv, attention, vector, activation), one
 //              more where a head's keys are shared out, one for the choice. A word is written again only after everybody has passed it:
-//              each block publishes in each exchange of the vector and in that of the choice, and all wait for all of them. Fences: one a
+//              each block publishes in each exchange of the vector and in that of the choice, and all wait for all of them. (So the order of
+//              two blocks' stores to one word follows from the words in between, relaxed as these are.) Fences: one a
 //              token, before the last exchange of the vector, for the new keys and values, which others' bulk copies read for the next
 //              token, and those of decode_sampled.cuh.
 // Choice       arg-max: every block publishes its best and finds the best of all. SAMPLED: every block looks at the groups of logits that it
 //              has computed, and the last block chooses (decode_sampled.cuh).
 // Precision    as the operations: float32 everywhere, one rounding where k and v are stored. A float32 factor of a product is the
-//              exact sum of three bf16 parts, each multiplied on the tensor cores; the parts are columns of one fragment.
+//              exact sum of three bf16 parts (from 2^-110 on), each multiplied on the tensor cores; the parts are columns of one fragment.
 // Error bound  that of the operations
 // Traffic      a token: all weights once and 2 L p K D sizeof(KV_TYPE) bytes of cache
-// Determinism  fixed order of summation; the split of the keys follows from p, and nothing from timing but after how many tokens `halt` ends
+// Determinism  fixed order of summation (another with fewer than 6 SLOTS); the split of the keys follows from p, and nothing from
+//              timing but after how many tokens `halt` ends
 // Limits       UNITS = H / UNIT_HEADS <= W <= C / 4 <= 16 W, where W is gridDim.x. A block that waits longer than 2 s goes on with what it has.
-//              Finite weights and values: an infinite one gives NaN
+//              Finite values: an infinite one gives NaN, an infinite weight an infinity or NaN
 // Wrapper decode_step.DecodeStep · truth the operations · test tests/test_decode_step.py, test_decode_many.py · benchmark benchmarks/decode.py
 #include "common.cuh"
 #include "ptx.cuh"
@@ -58,7 +61,7 @@ constexpr int CH = UNIT_HEADS, UNITS = H / CH, SHARE = CH * D;
 constexpr int KEY_BYTES = D * sizeof(KV_TYPE), FRAME_KEYS = SLOT / 2 / KEY_BYTES;  // a frame has the keys and the values of so many rows
 constexpr int SPLIT_KEYS = 96, MAX_SPLITS = 16;  // blocks that share a head's keys have so many each, or more
 static_assert(H % K == 0 && (H / K) % CH == 0 && C % CHUNK == 0 && HD % CHUNK == 0 && F % CHUNK == 0 && D % 64 == 0 && D <= 128, "");
-static_assert(CH + 2 <= WARPS, "");
+static_assert(CH + 2 <= WARPS && SLOTS >= 4 && SLOT_PITCH / 128 % 8 == 1 && FRAME_KEYS % 8 == 0, "");
 
 enum Array { INPUT_NORM, Q_PROJ, K_PROJ, V_PROJ, Q_BIAS, K_BIAS, V_BIAS, Q_NORM, K_NORM, O_PROJ, POST_NORM, GATE, UP, DOWN, ARRAYS };
 

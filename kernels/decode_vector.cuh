@@ -59,8 +59,9 @@ __device__ __forceinline__ float read_word(const u64* p, unsigned tag, Patience&
     }
 }
 
-// A warp's part of a vector of COLUMNS values, as the right factor [16, 8] of tensor-core products, two for a chunk of 64 columns: each
-// serves 32 of them, as column 3 h + p holds part p (of three, whose sum is the value) of the pairs of values 2 n + h. Columns 6 and 7 repeat others.
+// A warp's part of a vector of COLUMNS values, as right factors [16, 8] of tensor-core products, two for a chunk of 64 values. Each serves 32
+// of them: its column 3 h + p holds part p (of three, whose sum is the value) of the even pairs of values, h = 0, or the odd ones, h = 1;
+// columns 6 and 7 repeat others.
 template <int COLUMNS> struct Vector {
     unsigned part[segments(COLUMNS) * CHUNKS][4];
 };
@@ -132,9 +133,9 @@ template <int T> __device__ __forceinline__ void store_sums(float* part, float* 
 
 // The next T tiles of 8 rows from the ring times the vector; this warp's share of the dot product of row n goes to part[n PITCH + warp].
 //
-// A tile is the left factor as it lies in memory: a lane's 16 bytes of a row are its four registers of the fragment [16, 16], in which rows g
-// and g + 8 are then the same row of the tile, with the values 4 n, 4 n + 1 and 4 n + 2, 4 n + 3. So nothing is moved between loads
-// and products; of these, columns 0 to 2 count in rows 0 to 7 and columns 3 to 5 in the others.
+// A tile is the left factor as it lies in memory: a lane's 16 bytes of a row, four pairs of values, are its four registers of the fragment
+// [16, 16]. So rows g and g + 8 of that are the same row of the tile, its even pairs and its odd ones, and nothing is moved between loads and
+// products; of the results, columns 0 to 2 count in rows 0 to 7, and columns 3 to 5 in the others.
 template <int COLUMNS, int T>
 __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>& v, float* part, int warp, int lane) {
     constexpr int N = segments(COLUMNS), FRAMES = T * N, AT_ONCE = T == 6 ? 6 : 4, CHAINS = T >= 4 ? 2 : 4;
@@ -168,12 +169,15 @@ __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>
             for (int f = 0; f < MOST; f++)
                 if (f0 + f < FRAMES) mbarrier_arrive(ring.empty + slot[f]);
     }
-    float sum[T];  // of the lane's columns 2 i, 2 i + 1 of both fragments' rows
+    float sum[T];  // of the lane's columns 2 i and 2 i + 1, those that count
 #pragma unroll
     for (int t = 0; t < T; t++) {
         float c[4];
 #pragma unroll
-        for (int e = 0; e < 4; e++) c[e] = CHAINS == 2 ? acc[t][0][e] + acc[t][1][e] : (acc[t][0][e] + acc[t][1][e]) + (acc[t][2][e] + acc[t][3][e]);
+        for (int e = 0; e < 4; e++) {
+            const float(&a)[CHAINS][4] = acc[t];
+            c[e] = CHAINS == 2 ? a[0][e] + a[1][e] : (a[0][e] + a[1][e]) + (a[2][e] + a[3][e]);
+        }
         sum[t] = i == 3 ? 0.0f : (i < 2 ? c[0] : c[2]) + (i < 1 ? c[1] : c[3]);
     }
     if constexpr (T == 6) {

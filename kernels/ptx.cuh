@@ -109,8 +109,8 @@ __device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.pr
 // ---- tiles by the copy engine, clusters of blocks (sm_90) ----
 
 // As bulk_copy_once, a box of the matrix that the map describes (launch.tensor_map), from its element `column` of row `row` on; rows
-// and columns outside of the matrix are zeros, negative ones too, and count. In shared memory (1024-byte aligned) a row takes 128
-// bytes, and the 16-byte piece p of row r lies at place p ^ r % 8.
+// and columns outside of the matrix are zeros, negative ones too, and count. In shared memory (128-byte aligned) a row takes 128
+// bytes, and the 16-byte piece p of the row at address a lies at place p ^ a / 128 % 8: of row r at p ^ r % 8 from a multiple of 1024 on.
 __device__ __forceinline__ void bulk_copy_2d(void* shared, const TensorMap* map, int column, int row, mbarrier* b) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
                      shared_address(shared)),

@@ -1,14 +1,17 @@
 """Every kernel compiles for every architecture that we serve, within its resources; the sources keep the house's rules."""
 
+import itertools
 import json
 import re
 import time
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import nvrtc
 import pytest
 
-from cuqwen import sources
+from cuqwen import decode_step, sizes, sources
 
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason=nvrtc.unavailable_reason())
 KERNELS = sorted(sources.KERNEL_FOLDER.glob("*.cu"))
@@ -19,6 +22,20 @@ FORBIDDEN = ("cooperative_groups", "cuda/barrier", "cuda/pipeline", "cuda/std", 
 @pytest.fixture(scope="module")
 def reports():
     return nvrtc.report_all()
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("size", sizes.SIZES)
+def test_decode_step_has_the_shared_memory_that_it_is_given(size):
+    """The kernel's struct beside the ring, for which Python adds up the bytes."""
+    config, text = sizes.config_of(size), sources.source("decode_step")
+    text = text[: text.index('extern "C"')]
+    for sampled, many_keys in itertools.product((False, True), repeat=2):
+        defines = decode_step.defines(config, np.dtype(ml_dtypes.bfloat16), sampled, many_keys)
+        room = decode_step.shared_bytes(config, many_keys) - int(dict(defines)["SLOTS"]) * decode_step.SLOT_PITCH
+        nvrtc.compile(
+            f"{text}static_assert(sizeof(Shared) <= {room} && sizeof(Shared) > {room} - 512);", "90a", defines
+        )
 
 
 @needs_nvrtc
