@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,3 +174,14 @@ def test_pasted_sources_point_at_their_files():
         for number, line in enumerate((ROOT / file).read_text().splitlines(), 1):
             if "include" not in line and "#pragma once" not in line:
                 assert where[file, number] == line
+
+
+def test_planted_faults_are_met_by_tests_that_exist():
+    """Parameters included; whether they notice the faults takes tools/mutation_check.py half an hour."""
+    table = "import mutation_check; print(*sorted({test for fault in mutation_check.FAULTS for test in fault.tests}), sep='\\n')"
+    tests = subprocess.run(
+        [sys.executable, "-c", table], cwd=ROOT / "tools", check=True, capture_output=True, text=True
+    )
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run([*collect, *tests.stdout.splitlines()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

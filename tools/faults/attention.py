@@ -16,7 +16,7 @@ TURNS = "ops::attention_with_more_keys_than_warps_take_at_once"
 
 
 def prompts(shape: str, side: str = "emulated", q: str = "bfloat16") -> str:
-    return f"attention_mma::prompts[{side}-{shape}-{q}-{q}]"
+    return f"attention_mma::prompts[{side}-{shape}-float32-{q}-{q}]"
 
 
 FIRST, RAGGED = "5-8-1-128-60", "130-2-1-128-70"
@@ -96,11 +96,11 @@ fault(
 fault("prompt-attention-misses-itself", SOFTMAX, "8 * j + e > seen", "8 * j + e >= seen", prompts(RAGGED))
 fault(
     "prompt-attention-beyond-the-cache", SOFTMAX, "p < S ?", "p <= S ?",
-    "attention_mma::positions_in_any_order_and_beyond_the_cache[emulated-bfloat16]",
+    "attention_mma::positions_in_any_order_and_beyond_the_cache[emulated-bfloat16-bfloat16]",
 )
 fault(
     "prompt-attention-without-maximum", SOFTMAX, "fmaxf(top[r], largest * scale)", "0.0f",
-    "attention_mma::extreme_scores[emulated-300.0-bfloat16]",
+    "attention_mma::extreme_scores[emulated-300.0-bfloat16-bfloat16]",
 )
 fault(
     "prompt-attention-weight-not-rescaled", SOFTMAX, "total[r] = fmaf(total[r], shrink[r], sums[0] + sums[1]);",
