@@ -151,7 +151,7 @@ class DecodeStep:
             raise ValueError(f"decode_step: {reason}")
         c, device = model.config, model.device
         self.grid = (blocks(model),)
-        self.config, self.kv_dtype = c, model.kv_dtype
+        self.config, self.kv_dtype, self.shared_bytes = c, model.kv_dtype, shared_bytes(c)
         self.state, self.position = device.upload(np.zeros(2, np.int32)), device.empty((1,), np.int32)
         self.ids = self.state[:1]
         self.logits = device.empty((1, c.vocab_size), np.float32)
@@ -176,20 +176,14 @@ class DecodeStep:
 
     def choose_by(self, plan: cuda.SamplingPlan | None, uniforms: Array | None = None) -> None:
         """Choose as `sample` does, by a plan for `n_ids` logits; None: the most likely token."""
-        self._builds: dict[bool, tuple[Any, int]] = {}  # first: an interrupt may come between any two of these lines
         nothing = (None,) * 6, (np.int32(0),) * 4 + (np.float64(0),) * 7
         arrays, numbers = nothing if plan is None else (plan.arrays, plan.numbers)
         self.choice = (*arrays, uniforms, *numbers)
         self.sampled = plan is not None
-        self._build(many_keys=False)
+        self.function = launch.load_function(*self._kernel(many_keys=False))
 
-    def _build(self, many_keys: bool) -> tuple[Any, int]:
-        """The kernel and its bytes of shared memory."""
-        if many_keys not in self._builds:
-            constants = defines(self.config, self.kv_dtype, self.sampled, many_keys)
-            function = launch.load_function("decode_step", "decode_step", constants)
-            self._builds[many_keys] = function, shared_bytes(self.config, many_keys)
-        return self._builds[many_keys]
+    def _kernel(self, many_keys: bool) -> tuple[str, str, launch.Defines]:
+        return "decode_step", "decode_step", defines(self.config, self.kv_dtype, self.sampled, many_keys)
 
     def end_at(self, end_ids: Collection[int]) -> None:
         """After which tokens nothing follows; the first MAX_ENDS of them."""
@@ -208,19 +202,23 @@ class DecodeStep:
     def expect(self, cached: int) -> None:
         """Load the kernel for steps with so many cached tokens: seconds, once on a machine."""
         if cached >= MANY_KEYS:
-            self._build(many_keys=True)
+            launch.load_function(*self._kernel(many_keys=True))
 
     def __call__(self, count: int = 1, fresh: bool = True, cached: int = 0) -> None:
         """Launch up to `count` steps, the first with so many `cached` tokens, on the current stream; with `fresh` also if the
         launch before has ENDED."""
         few = min(count, max(0, MANY_KEYS - cached))
         if few:
-            self._launch(False, few, fresh)
+            self._launch(self.function, few, fresh, self.shared_bytes)
         if few < count:
-            self._launch(True, count - few, fresh and not few)
+            self._launch(
+                launch.load_function(*self._kernel(many_keys=True)),
+                count - few,
+                fresh and not few,
+                shared_bytes(self.config, many_keys=True),
+            )
 
-    def _launch(self, many_keys: bool, count: int, fresh: bool) -> None:
-        function, shared_bytes = self._build(many_keys)
+    def _launch(self, function: Any, count: int, fresh: bool, shared_bytes: int) -> None:
         numbers = np.int32(len(self.end_ids)), np.int32(count), np.int32(fresh)
         function(self.grid, (THREADS,), (*self.args, *numbers, *self.choice), shared_bytes)
 
