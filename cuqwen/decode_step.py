@@ -25,7 +25,6 @@ ARRAYS = (
 WARPS = 8  # consumers of a block; one more produces
 THREADS = 32 * (WARPS + 1)
 SLOT_BYTES, SLOTS = 16 << 10, 13
-SLOT_PITCH = SLOT_BYTES + 128
 COPIES = 4  # of the vectors that all blocks read
 MAX_SPLITS = 16
 HOPPER_SHARED_BYTES = 227 << 10
@@ -79,19 +78,19 @@ def _unit_heads(c: Config, many_keys: bool = False) -> int:
 
 def _slots(c: Config, many_keys: bool = False) -> int:
     """Frames in the ring: thirteen, or what fits beside the rest into the 227 KB that a block can have."""
-    return min(SLOTS, (HOPPER_SHARED_BYTES - _own_bytes(c, many_keys)) // (SLOT_PITCH + 16))
+    return min(SLOTS, (HOPPER_SHARED_BYTES - _own_bytes(c, many_keys)) // (SLOT_BYTES + 16))
 
 
 def _own_bytes(c: Config, many_keys: bool) -> int:
     """Upper bound of the bytes of struct Shared but for the ring's barriers."""
     heads, dim = _unit_heads(c, many_keys), c.head_dim
-    floats = 32 + 2 * 64 * WARPS + 2 * WARPS + WARPS * 96 + dim * (heads + 3) + WARPS * heads * dim + 2 * heads * WARPS
+    floats = 32 + 2 * 64 * WARPS + 2 * WARPS + WARPS * 96 + dim * (heads + 3) + 3 * heads * (dim // 2 + 16) + WARPS * heads * dim + 2 * heads * WARPS
     return 4 * floats + 8 * c.num_hidden_layers * len(ARRAYS) + 16 * WARPS + 192
 
 
 def shared_bytes(c: Config, many_keys: bool = False) -> int:
     """Dynamic shared memory of a block: the ring, its barriers, and struct Shared."""
-    return _slots(c, many_keys) * (SLOT_PITCH + 16) + _own_bytes(c, many_keys)
+    return _slots(c, many_keys) * (SLOT_BYTES + 16) + _own_bytes(c, many_keys)
 
 
 def obstacle(model: Qwen3) -> str | None:
@@ -228,5 +227,5 @@ def exchange_words(c: Config) -> int:
     width = c.num_attention_heads * c.head_dim
     shares = c.num_attention_heads * MAX_SPLITS * (c.head_dim + 2)
     projected = width + 2 * c.num_key_value_heads * c.head_dim
-    choice = (CHOSEN_PITCH + 2) * MAX_BLOCKS + 2 * MAX_LOTS + c.vocab_size
+    choice = (CHOSEN_PITCH + 2) * MAX_BLOCKS + 4 * MAX_LOTS + c.vocab_size
     return COPIES * (2 * c.hidden_size + projected + width + c.intermediate_size) + shares + choice

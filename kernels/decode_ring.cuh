@@ -31,28 +31,31 @@ struct Share {
     __device__ int frames() const { return exists() ? (last - first + FRAME_KEYS - 1) / FRAME_KEYS : 0; }
 };
 
-// Where row n of a tile of COLUMNS columns is in its slot. A warp reads eight rows at once, two of them in a phase, 64 bytes of each: these
-// are rows n and n + 4, and lie 64 bytes apart in the banks.
-__device__ __forceinline__ int tile_row(int g) { return g / 2 + g % 2 * 4; }  // the g-th that it reads
-template <int COLUMNS> __device__ __forceinline__ int row_place(int n) { return n / 4 * (SLOT / 2 + 64) + n % 4 * COLUMNS * 2; }
+// Bytes from one row of a tile to the next in its slot. Copies keep a row's place in 128 bytes: with half of the rows moved by 64 bytes, an
+// exchange of a vector beside two frames on their way took 2.0 instead of 1.7 us (H100).
+template <int COLUMNS> constexpr int ROW_PITCH = (COLUMNS < SEGMENT ? COLUMNS : SEGMENT) * 2;
 
 struct Ring {
     unsigned char* slots;
     mbarrier *full, *empty;
-    mbarrier* chosen;          // a phase for each token but the last
+    mbarrier* next;            // a phase for each token but the last
     const volatile int* over;  // not 0: nobody will use what is still to come
     int slot = 0;
     unsigned parity = 0;
     bool ended = false;  // no frame will be free any more
     int in_flight = 1, low = 0;  // frames that may be on their way; one more when so many or fewer wait to be used
-    __device__ void next() {
+    __device__ void advance() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
-    // Until the token before the n-th is chosen, n from 1 on. Streaming on meanwhile, into all of the ring, delays what the choice waits for: a
-    // sampled token of 0.6B takes 505 instead of 500 us on an H100.
-    __device__ void wait_for_choice(int n) const {
+    __device__ void skip(int frames) {
+        slot += frames;
+        parity ^= slot / SLOTS & 1, slot %= SLOTS;
+    }
+    // Until the n-th token's keys and values may be read, n from 1 on: those of the token before have been published, and in the block that
+    // chooses, whose ring is the memory for it, that is done.
+    __device__ void wait_for_next(int n) const {
         if (n == 0) return;
-        while (!*over && !mbarrier_try_wait(chosen, n + 1 & 1)) {}
+        while (!*over && !mbarrier_try_wait(next, n + 1 & 1)) {}
         fence_proxy_async_all();  // bulk copies of keys and values that other blocks have written
     }
     // Whether `low` frames or fewer wait to be used: whether the one before them has been freed.
@@ -75,7 +78,7 @@ struct Ring {
         wait_for_landing(in_flight + runs_low());
         if (threadIdx.x % 32 == 0) mbarrier_arrive_expect(full + slot, bytes);
         __syncwarp();
-        return slots + slot * SLOT_PITCH;
+        return slots + slot * SLOT;
     }
     // Waits for the next N frames, or the next `count` if these are fewer.
     template <int N> __device__ __forceinline__ void receive(int (&arrived)[N], int count) {
@@ -86,7 +89,7 @@ struct Ring {
             if (f < count) {
                 arrived[f] = slot, phase[f] = parity;
                 there &= mbarrier_test_wait(full + slot, parity);
-                next();
+                advance();
             }
         if (there) return;
 #pragma unroll
@@ -99,14 +102,15 @@ struct Ring {
 // So many that with one more these are at most the ring, as far back as `wait_for_landing` sees.
 __host__ __device__ constexpr int in_ring(int frames) { return frames < SLOTS - 1 ? frames : SLOTS - 1; }
 
-// Frames on their way: what waits for words queues behind them all, so few where the exchanges bound a layer, more where its bytes do.
-// On an H100, us a token. 0.6B, 15 frames a layer and block: one, and `low` 4, 6, 8, 10, 11, 460, 448, 449, 439, 443; two, and 8, 456. At 8,192
-// tokens, 31 frames: two, and 6, 8, 10, 848, 857, 869. 1.7B, 47 frames: two, and 4, 6, 8, 1,193, 1,165, 1,172. 4B and 8B: three or four, the same.
+// Frames on their way: what waits for words queues behind them all, so few where the exchanges bound a layer, more where its bytes do. By
+// themselves on an H100 one reach 2.3 TB/s, two 3.05, three 3.1, and an exchange of a vector beside them takes 1.1, 1.5 and 2.4 us instead of 0.7.
+// us a token: 0.6B, 15 frames a layer and block, two, and `low` 4, 6, 8, 10, 439, 432, 431, 441, one, and 10, 436; at 8,192 tokens, 31 frames, two or
+// three 802, 831; 1.7B, 47 frames, 1,138 and 1,124. 4B and 8B: three or four, the same.
 __device__ __forceinline__ void pace(Ring& ring, const Share& keys) {
     constexpr long long LAYER = 1ll * QKV * C + HD * C + 3ll * F * C;
     const int frames = int(LAYER / (ROWS * SEGMENT) / gridDim.x) + keys.frames();
-    ring.in_flight = in_ring(frames < 20 ? 1 : frames < 70 ? 2 : 3);
-    ring.low = min(SLOTS - 2, frames < 20 ? 10 : 6);
+    ring.in_flight = in_ring(frames < 40 ? 2 : 3);
+    ring.low = min(SLOTS - 2, 6);
 }
 // Nobody waits for words in the head, where `low` stays as it was. The block that chooses takes more, so that it has its rows early and can
 // look at those of the others.
@@ -121,13 +125,9 @@ template <int COLUMNS> __device__ __forceinline__ void produce(Ring& ring, const
         const int columns = N == 1 ? COLUMNS : min(SEGMENT, COLUMNS - s * SEGMENT);
         unsigned char* slot = ring.take(count * columns * 2);
         if (!slot) return;
-        if (N == 1) {  // rows follow one another
-            if (lane < count / 4)
-                bulk_copy_once(slot + row_place<COLUMNS>(4 * lane), rows + 4 * lane * COLUMNS, 4 * COLUMNS * 2, ring.full + ring.slot);
-        } else if (lane < count) {
-            bulk_copy_once(slot + row_place<SEGMENT>(lane), rows + (size_t)lane * COLUMNS + s * SEGMENT, columns * 2, ring.full + ring.slot);
-        }
-        ring.next();
+        if (lane < count)
+            bulk_copy_once(slot + lane * ROW_PITCH<COLUMNS>, rows + (size_t)lane * COLUMNS + s * SEGMENT, columns * 2, ring.full + ring.slot);
+        ring.advance();
     }
 }
 
@@ -143,7 +143,7 @@ __device__ __forceinline__ void produce_keys(Ring& ring, const Share& mine, cons
         if (lane < 2 * BOXES)
             bulk_copy_2d(slot + lane * BOX, lane < BOXES ? keys : values, (mine.kv() * BOXES + lane % BOXES) * COLUMNS, first_row + row,
                          ring.full + ring.slot);
-        ring.next();
+        ring.advance();
     }
 }
 
@@ -161,7 +161,7 @@ __device__ __forceinline__ void produce_layers(Ring& ring, int n, const u64* tab
     for (int l = 0; l < L && !*ring.over; l++) {
         const Deal qkv(QKV, l, ROWS), vector(C, l, 4), ffn(F, l, 4);
         for (int r = qkv.first; r < qkv.last; r += ROWS) produce<C>(ring, qkv_rows(table, l, r));
-        if (l == 0) ring.wait_for_choice(n);
+        if (l == 0) ring.wait_for_next(n);
         if (mine.exists()) produce_keys(ring, mine, keys, values, l * S);
         for (int r = vector.first; r < vector.last; r += ROWS)
             produce<HD>(ring, array<W_TYPE>(table, l, O_PROJ) + (size_t)r * HD, min(ROWS, vector.last - r));

@@ -2,7 +2,7 @@
 #pragma once
 
 // Where top_k comes first and nothing is penalised, that block follows the head while the others compute it: of each lot, the rows of a pass of
-// a block, two warps publish the ranks of their largest; from all but the LATE last passes it knows what the k best logits cannot be below,
+// a block, two warps publish the ranks of their two largest; from all but the LATE last passes it knows what the k best logits cannot be below,
 // and fetches all of them; when the head ends, it looks for what has come since. All else takes another look at the logits, and fences.
 constexpr int LOT = PASS * ROWS;  // rows at most
 constexpr int LATE = 4;           // passes; 5 us each with 0.6B on an H100, and what is done before them takes 15 to 20
@@ -24,15 +24,28 @@ struct Lot {
     }
 };
 
+// What a warp publishes of its half of a lot: the largest rank, or ALL from a block that gave up; and LANE_BITS of whose row that is, below the
+// second largest rank, rounded up.
+constexpr unsigned LANE_BITS = 31;
+
 // By thread t, the first two warps, its row of the lot that this block has just computed.
-__device__ __forceinline__ void publish_lot(u64* words, int pass, unsigned tag, bool there, float logit) {
-    const unsigned top = __reduce_max_sync(0xffffffffu, there ? sampling::rank_of(logit) : 0);
-    if (threadIdx.x % 32 == 0)
-        store_relaxed(words + TOPS + 2 * (pass * gridDim.x + blockIdx.x) + threadIdx.x / 32, (u64)tag << 32 | top);
+__device__ __forceinline__ void publish_lot(u64* words, int pass, unsigned tag, bool there, float logit, bool lost) {
+    const unsigned rank = there ? sampling::rank_of(logit) : 0, top = __reduce_max_sync(0xffffffffu, rank), lane = threadIdx.x % 32;
+    const unsigned first = __ffs(__ballot_sync(0xffffffffu, rank == top)) - 1;
+    const unsigned second = __reduce_max_sync(0xffffffffu, lane == first ? 0 : min(rank, ~LANE_BITS));
+    if (lane == 0)
+        store_relaxed2(words + TOPS + 4 * (pass * gridDim.x + blockIdx.x) + threadIdx.x / 32 * 2, (u64)tag << 32 | (lost ? sampling::ALL : top),
+                       (u64)tag << 32 | ((second + LANE_BITS & ~LANE_BITS) | first));
 }
 
-// The ranks of the largest of lots n, n + THREADS, .., 0 from `end` on and where there is none. Waits for them.
-template <int N> __device__ __forceinline__ void read_lots(const u64* words, int V, int n, int end, unsigned tag, unsigned (&top)[N], Patience& patience) {
+struct Tops {
+    unsigned top[2] = {0, 0}, rest[2] = {0, 0};  // of each half
+    __device__ unsigned largest() const { return max(top[0], top[1]); }
+};
+
+// Lots n, n + CONSUMERS, .., zeros from `end` on and where there is none. Waits for them. Sets `lost` if a block that computed one gave up.
+template <int N> __device__ __forceinline__ void read_lots(const u64* words, int V, int n, int end, unsigned tag, Tops (&lots)[N], int* lost,
+                                                           Patience& patience) {
     bool there[N];
 #pragma unroll
     for (int j = 0; j < N; j++) {
@@ -43,14 +56,19 @@ template <int N> __device__ __forceinline__ void read_lots(const u64* words, int
     for (unsigned tries = 0;; tries++) {
         bool ready = true;
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            u64 a = (u64)tag << 32, b = a;
-            if (there[j]) load_relaxed2(words + TOPS + 2 * (n + j * CONSUMERS), a, b);
-            ready &= unsigned(a >> 32) == tag && unsigned(b >> 32) == tag;
-            top[j] = max(unsigned(a), unsigned(b));
-        }
-        if (ready || (tries % 256 == 255 && patience.over())) return;
+        for (int j = 0; j < N; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                u64 a = (u64)tag << 32, b = a;
+                if (there[j]) load_relaxed2(words + TOPS + 4 * (n + j * CONSUMERS) + 2 * h, a, b);
+                ready &= unsigned(a >> 32) == tag && unsigned(b >> 32) == tag;
+                lots[j].top[h] = unsigned(a), lots[j].rest[h] = unsigned(b);
+            }
+        if (ready || (tries % 256 == 255 && patience.over())) break;
     }
+#pragma unroll
+    for (int j = 0; j < N; j++)  // or a logit is NaN
+        if (lots[j].largest() == sampling::ALL && __float_as_uint(read_word(words + BEST + 2 * ((n + j * CONSUMERS) % gridDim.x), tag, patience))) *lost = 1;
 }
 
 static_assert(sampling::GROUPS > sampling::LIST, "");
@@ -96,22 +114,22 @@ __device__ __noinline__ int choose_from_lots(sampling::Shared& s, const sampling
     block_barrier();
 #pragma unroll 1
     for (int n = t; n < early; n += CONSUMERS) {
-        unsigned top[1];
-        read_lots(words, V, n, early, tag, top, patience);
-        s.lots[n] = top[0];
-        if (top[0]) atomicMax(s.segments + (n & (in.segments - 1)), top[0]);
+        Tops its[1];
+        read_lots(words, V, n, early, tag, its, lost, patience);
+        const unsigned top = s.lots[n] = its[0].largest();
+        if (top) atomicMax(s.segments + (n & (in.segments - 1)), top);
     }
     if (patience.lost) *lost = 1;
     block_barrier();
     if (*lost) return NO_CHOICE;  // what is gathered must be sure to come
     const unsigned rank = max(sampling::rank_of(-sampling::LARGEST_FLOAT), threshold_of_top_k(s, in.segments));
-    const auto mark = [&](int n, unsigned top) {
-        if (top < rank) return;
+    const auto mark = [&](int n) {
         const int place = atomicAdd(&s.groups, 1);
         if (place < sampling::GROUPS) s.active[place] = n;
     };
 #pragma unroll 1
-    for (int n = t; n < early; n += CONSUMERS) mark(n, s.lots[n]);
+    for (int n = t; n < early; n += CONSUMERS)
+        if (s.lots[n] >= rank) mark(n);
     block_barrier();
     const int before = min(s.groups, sampling::GROUPS);
     gather_lots(s, V, rank, 0, before);
@@ -119,20 +137,40 @@ __device__ __noinline__ int choose_from_lots(sampling::Shared& s, const sampling
     // A rehearsal, which brings the instructions: a layer's have pushed them out of the caches.
     if (s.count > 0 && s.count <= sampling::SHORT) draw_from_short_list(s, s.count, 0.0, random.share);
 
+    // A late lot's only token comes with it, which saves the way to its logits: 2.5 us.
+    const auto add = [&](int n, const Tops& its) {
+        if (its.largest() < rank) return;
+        const unsigned zero = sampling::rank_of(0.0f);  // of subnormal numbers too
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            if (its.top[h] >= rank && ((its.rest[h] & ~LANE_BITS) >= rank || its.top[h] == zero || its.top[h] == sampling::ALL)) return mark(n);
+#pragma unroll 1
+        for (int h = 0; h < 2; h++) {
+            if (its.top[h] < rank) continue;
+            const int place = atomicAdd(&s.count, 1);
+            if (place >= sampling::LIST) continue;
+            s.ids[place] = Lot(V, n).first + 32 * h + (its.rest[h] & LANE_BITS);
+            s.keys[place] = sampling::key_of_logit(sampling::value_of_rank(its.top[h]), 0, s.job.set);
+        }
+    };
 #pragma unroll 1
     for (int n = early + t; n < all; n += 2 * CONSUMERS) {
-        unsigned top[2];
-        read_lots(words, V, n, all, tag, top, patience);
-        mark(n, top[0]), mark(n + CONSUMERS, top[1]);
+        Tops its[2];
+        read_lots(words, V, n, all, tag, its, lost, patience);
+        add(n, its[0]), add(n + CONSUMERS, its[1]);
     }
+    if (V <= (blocks - 1) * ROWS)  // some have no lot
 #pragma unroll 1
-    for (int b = t; b < blocks; b += CONSUMERS)
-        if (__float_as_uint(read_word(words + BEST + 2 * b, tag, patience))) *lost = 1;
+        for (int b = t; b < blocks; b += CONSUMERS)
+            if (__float_as_uint(read_word(words + BEST + 2 * b, tag, patience))) *lost = 1;
     if (patience.lost) *lost = 1;
     block_barrier();
     if (*lost) return NO_CHOICE;
-    gather_lots(s, V, rank, before, min(s.groups, sampling::GROUPS));
-    block_barrier();
+    const int marked = min(s.groups, sampling::GROUPS);
+    if (marked > before) {
+        gather_lots(s, V, rank, before, marked);
+        block_barrier();
+    }
     const int n = s.count;  // more than a list holds if s.active could not hold all lots
     int token = NO_CHOICE;
     if (random.allowed && n > 0) {
@@ -164,7 +202,7 @@ __device__ __noinline__ Chosen choose_token(Shared& shared, Patience patience, c
     }
     if (t == 0) store_relaxed(words + BEST + 2 * blockIdx.x, (u64)tag << 32 | shared.lost);
     if (chooses()) {
-        sampling::Shared& s = *reinterpret_cast<sampling::Shared*>(reinterpret_cast<unsigned char*>(&shared) - SLOTS * SLOT_PITCH);
+        sampling::Shared& s = *reinterpret_cast<sampling::Shared*>(reinterpret_cast<unsigned char*>(&shared) - SLOTS * SLOT);
         int token = NO_CHOICE;
         if (lots) token = choose_from_lots(s, in, shared.random, V, words, &shared.lost, patience);
         else {

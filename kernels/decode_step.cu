@@ -55,13 +55,14 @@
 constexpr int L = LAYERS, C = HIDDEN, H = HEADS, K = KV_HEADS, D = HEAD_DIM, F = FFN, HD = H * D, QKV = (H + 2 * K) * D;
 constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, ROWS = 8, SEGMENT = 1024, CHUNK = 64;  // more warps would have too few registers
 constexpr int OWN = SEGMENT / WARPS, CHUNKS = OWN / CHUNK;  // columns of a warp in a segment, in chunks of one fragment
-constexpr int SLOT = ROWS * SEGMENT * 2, SLOT_PITCH = SLOT + 128;  // bytes; half of a tile is moved by 64
+constexpr int SLOT = ROWS * SEGMENT * 2;  // bytes
 constexpr int PASS = 8, PITCH = WARPS;  // tiles between two barriers; floats from row to row
 constexpr int CH = UNIT_HEADS, UNITS = H / CH, SHARE = CH * D;
 constexpr int KEY_BYTES = D * sizeof(KV_TYPE), FRAME_KEYS = SLOT / 2 / KEY_BYTES;  // a frame has the keys and the values of so many rows
+constexpr int PARTS_PITCH = D / 2 + 16;  // words of a part of a query, so that a warp reads parts from different banks
 constexpr int SPLIT_KEYS = 96, MAX_SPLITS = 16;  // blocks that share a head's keys have so many each, or more
 static_assert(H % K == 0 && (H / K) % CH == 0 && C % CHUNK == 0 && HD % CHUNK == 0 && F % CHUNK == 0 && D % 64 == 0 && D <= 128, "");
-static_assert(CH + 2 <= WARPS && SLOTS >= 4 && SLOT_PITCH / 128 % 8 == 1 && FRAME_KEYS % 8 == 0, "");
+static_assert(CH + 2 <= WARPS && SLOTS >= 4 && FRAME_KEYS % 8 == 0, "");
 
 enum Array { INPUT_NORM, Q_PROJ, K_PROJ, V_PROJ, Q_BIAS, K_BIAS, V_BIAS, Q_NORM, K_NORM, O_PROJ, POST_NORM, GATE, UP, DOWN, ARRAYS };
 
@@ -71,7 +72,7 @@ constexpr int MAX_BLOCKS = 1024, MAX_LOTS = 8192, CHOSEN_PITCH = 16;
 constexpr int AFTER_O = 0, AFTER_DOWN = AFTER_O + C, PROJECTED = AFTER_DOWN + C, ATTENDED = PROJECTED + QKV,
               ACTIVATION = ATTENDED + HD, VECTORS = ACTIVATION + F, COPIES = 4, SHARES = COPIES * VECTORS,
               CHOSEN = SHARES + UNITS * MAX_SPLITS * (SHARE + 2 * CH), BEST = CHOSEN + CHOSEN_PITCH * MAX_BLOCKS,
-              TOPS = BEST + 2 * MAX_BLOCKS, LOGITS = TOPS + 2 * MAX_LOTS;
+              TOPS = BEST + 2 * MAX_BLOCKS, LOGITS = TOPS + 4 * MAX_LOTS;
 
 __host__ __device__ constexpr int segments(int k) { return (k + SEGMENT - 1) / SEGMENT; }
 
@@ -113,11 +114,12 @@ static_assert(CONSUMERS == sampling::THREADS && MAX_LOTS <= 4 * sampling::GROUPS
 #endif
 
 struct Shared {
-    mbarrier full[SLOTS], empty[SLOTS], chosen;
+    mbarrier full[SLOTS], empty[SLOTS], next;
     alignas(16) float part[2][PASS * ROWS * PITCH], squares[2][WARPS];
-    unsigned scratch[WARPS][6 * 16];
+    unsigned scratch[WARPS][3 * 32];
     u64 table[L * ARRAYS];
     float cos[D / 2], sin[D / 2];
+    alignas(16) unsigned query_parts[CH][3][PARTS_PITCH];
     float query[CH][D], key[D], value[D];
     float merge[WARPS][SHARE], top[CH][WARPS], weight[CH][WARPS];
     u64 best[2][WARPS];
@@ -218,7 +220,7 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
             double* relative, const double* uniforms, int shift, int segments, int U, int top_k, double temperature, double inverse,
             double top_p, double min_p, double repetition, double presence, double frequency) {
     DYNAMIC_SHARED(unsigned char, memory);
-    Shared& shared = *reinterpret_cast<Shared*>(memory + SLOTS * SLOT_PITCH);
+    Shared& shared = *reinterpret_cast<Shared*>(memory + SLOTS * SLOT);
     const int t = threadIdx.x, first_position = *position;
     const unsigned first_turn = *epoch;
     int id = *ids;
@@ -230,7 +232,7 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
     if (!fresh && ids[1] == ENDED) return;
     if (t == 0) {
         for (int s = 0; s < SLOTS; s++) mbarrier_init(shared.full + s, 1), mbarrier_init(shared.empty + s, WARPS);
-        mbarrier_init(&shared.chosen, 1);
+        mbarrier_init(&shared.next, 1);
         fence_mbarrier_init();
 #if SAMPLED
         shared.lots = in_lots(tops, history, V);
@@ -248,12 +250,12 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
     };
     turn_by(known ? first_position : 0);
     __syncthreads();
-    Ring ring{memory, shared.full, shared.empty, &shared.chosen, &shared.over};
+    Ring ring{memory, shared.full, shared.empty, &shared.next, &shared.over};
     if (t >= CONSUMERS) {
 #pragma unroll 1
         for (int n = 0; n < count && !*ring.over; n++) {
             const int p = first_position + n;
-            if (chooses()) ring.wait_for_choice(n);
+            if (chooses()) ring.wait_for_next(n);
             produce_layers(ring, n, shared.table, (n ? p < S : known) ? p : 0, &key_map, &value_map, S);
             produce_head(ring, lm_head, shared.head);
         }
@@ -284,8 +286,10 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
             const Deal head = shared.head;
             Vector<C> x;
             const float* squares = me.share_squares(0, me.read<C>(x, norm, copy_of(words) + AFTER_DOWN, tag));
-            me.barrier();  // now this block has heard of everybody's new keys and values
-            if (!token.is_last) __threadfence();
+            if (me.patience.lost) shared.lost = 1;
+            if (!token.is_last) __threadfence();  // this block has heard of everybody's new keys and values
+            me.barrier();
+            if (t == 0 && !token.is_last && !chooses()) mbarrier_arrive(&shared.next);
             if (!token.is_last && token.position + 1 < S) turn_by(token.position + 1);
             if (t == CONSUMERS - 1) shared.known = token.position + 1 < S;
             me.multiply<C>(x, head.size(), [&](int first, int rows, const float* part) {
@@ -295,13 +299,12 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
                 if (t < rows) logits[r] = logit = sum_warps(part + t * PITCH) * inverse_rms(squares, eps);
 #if SAMPLED
                 if (t < rows) publish(words + LOGITS + r, logit, tag);
-                if (shared.lots) publish_lot(words, first / LOT, tag, t < rows && r < n_ids, logit);
+                if (shared.lots) publish_lot(words, first / LOT, tag, t < rows && r < n_ids, logit, shared.lost);
 #else
                 if (t < rows && r < n_ids) best = max(best, rank(logit, r));
 #endif
             });
         }
-        if (me.patience.lost) shared.lost = 1;
 #if SAMPLED
         const Chosen chosen = choose_token(shared, me.patience, inputs(tag), V, words);
 #else
@@ -323,7 +326,8 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
         }
         if (ends_here) break;
         me.barrier();
-        if (t == 0) shared.position++, shared.turn++, shared.left--, mbarrier_arrive(&shared.chosen);
+        if (t == 0) shared.position++, shared.turn++, shared.left--;
+        if (t == 0 && chooses()) mbarrier_arrive(&shared.next);
         me.barrier();
     }
     if (t == 0) shared.over = 1;

@@ -59,9 +59,9 @@ __device__ __forceinline__ float read_word(const u64* p, unsigned tag, Patience&
     }
 }
 
-// A warp's part of a vector of COLUMNS values, as right factors [16, 8] of tensor-core products, two for a chunk of 64 values. Each serves 32
-// of them: its column 3 h + p holds part p (of three, whose sum is the value) of the even pairs of values, h = 0, or the odd ones, h = 1;
-// columns 6 and 7 repeat others.
+// A warp's part of a vector of COLUMNS values, as right factors [16, 8] of tensor-core products, two for a chunk of 64 values. Column 2 p + h is
+// part p (of three, whose sum is the value) of the chunk's half h: pieces 4 h to 4 h + 3 of 8 values, of which the first factor has the first
+// four of each and the second the others. Columns 6 and 7 repeat others.
 template <int COLUMNS> struct Vector {
     unsigned part[segments(COLUMNS) * CHUNKS][4];
 };
@@ -74,13 +74,14 @@ template <int COLUMNS> __device__ __forceinline__ bool has_chunk(int n, int warp
 }
 
 // Fills `v`, where get(n, x) gives x[m] = the two values from this lane's column on in the warp's chunk n + m,
-// and each value is multiplied by weight[column] if there is one. `scratch`, [6][16] words of this warp, hands the parts to the
+// and each value is multiplied by weight[column] if there is one. `scratch`, [3][32] words of this warp, hands the parts to the
 // lanes that need them. Returns this lane's share of the sum of squares before the weight.
 template <int COLUMNS, class Get>
 __device__ __forceinline__ float load_vector(Vector<COLUMNS>& v, const float* __restrict__ weight, unsigned* scratch, int warp, int lane, Get get) {
     constexpr int N = segments(COLUMNS) * CHUNKS, TOGETHER = N < 8 ? N : 4;  // chunks read at once: their latencies overlap
-    unsigned* const to = scratch + lane % 2 * 48 + lane / 4 % 4 * 4 + lane / 16 * 2 + lane / 2 % 2;
-    const uint4* const from = reinterpret_cast<const uint4*>(scratch + lane / 4 % 6 * 16 + lane % 4 * 4);
+    const int column = lane / 4 % 6;
+    unsigned* const to = scratch + lane;
+    const uint4* const from = reinterpret_cast<const uint4*>(scratch + column / 2 * 32 + column % 2 * 16 + lane % 4 * 4);
     float squares = 0.0f;
 #pragma unroll
     for (int n = 0; n < N; n += TOGETHER) {
@@ -101,7 +102,7 @@ __device__ __forceinline__ float load_vector(Vector<COLUMNS>& v, const float* __
             unsigned parts[3];
             cut(a, b, parts);
 #pragma unroll
-            for (int p = 0; p < 3; p++) to[16 * p] = parts[p];
+            for (int p = 0; p < 3; p++) to[32 * p] = parts[p];
             __syncwarp();
             *reinterpret_cast<uint4*>(v.part[n + m]) = *from;
             __syncwarp();
@@ -133,13 +134,14 @@ template <int T> __device__ __forceinline__ void store_sums(float* part, float* 
 
 // The next T tiles of 8 rows from the ring times the vector; this warp's share of the dot product of row n goes to part[n PITCH + warp].
 //
-// A tile is the left factor as it lies in memory: a lane's 16 bytes of a row, four pairs of values, are its four registers of the fragment
-// [16, 16]. So rows g and g + 8 of that are the same row of the tile, its even pairs and its odd ones, and nothing is moved between loads and
-// products; of the results, columns 0 to 2 count in rows 0 to 7, and columns 3 to 5 in the others.
+// A tile is the left factor as it lies in memory, 128 bytes of four rows and of the other four read at once: eight lanes have a row, each a
+// piece of 8 values, four of which are its registers in one fragment [16, 16] and four in the next. So rows 2 r and 2 r + 1 of a fragment are the
+// two halves of the tile's row r, rows 8 + 2 r and 9 + 2 r those of row r + 4, and nothing is moved between loads and products; of the results,
+// the columns of its half count in each row.
 template <int COLUMNS, int T>
 __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>& v, float* part, int warp, int lane) {
     constexpr int N = segments(COLUMNS), FRAMES = T * N, AT_ONCE = T == 6 ? 6 : 4, CHAINS = T >= 4 ? 2 : 4;
-    const int i = lane % 4, row = tile_row(lane / 4), at = row_place<N == 1 ? COLUMNS : SEGMENT>(row) + warp * OWN * 2 + i * 16;
+    const int g = lane / 4, i = lane % 4, at = lane / 8 * ROW_PITCH<COLUMNS> + warp * OWN * 2 + lane % 8 * 16;
     float acc[T][CHAINS][4];
 #pragma unroll
     for (int t = 0; t < T; t++)
@@ -155,12 +157,14 @@ __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>
             if (f0 + f >= FRAMES) break;
             const int t = (f0 + f) / N, s = (f0 + f) % N;
 #pragma unroll
-            for (int b = 0; b < 2 * CHUNKS; b++) {
-                const int m = s * CHUNKS + b / 2;
+            for (int c = 0; c < CHUNKS; c++) {
+                const int m = s * CHUNKS + c;
                 if (!has_chunk<COLUMNS>(m, warp)) break;
-                unsigned a[4];
-                *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(ring.slots + slot[f] * SLOT_PITCH + at + b * 64);
-                mma_bf16(acc[t][(s * 2 * CHUNKS + b) % CHAINS], a, v.part[m][b % 2 * 2], v.part[m][b % 2 * 2 + 1]);
+                const unsigned char* const piece = ring.slots + slot[f] * SLOT + at + c * 128;
+                const uint4 a = *reinterpret_cast<const uint4*>(piece), b = *reinterpret_cast<const uint4*>(piece + 4 * ROW_PITCH<COLUMNS>);
+                const unsigned pairs[2][4] = {{a.x, b.x, a.y, b.y}, {a.z, b.z, a.w, b.w}};
+#pragma unroll
+                for (int e = 0; e < 2; e++) mma_bf16(acc[t][(m * 2 + e) % CHAINS], pairs[e], v.part[m][2 * e], v.part[m][2 * e + 1]);
             }
         }
         __syncwarp();
@@ -169,7 +173,10 @@ __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>
             for (int f = 0; f < MOST; f++)
                 if (f0 + f < FRAMES) mbarrier_arrive(ring.empty + slot[f]);
     }
-    float sum[T];  // of the lane's columns 2 i and 2 i + 1, those that count
+    // Rows g and g + 8 are the same half of two rows of the tile, whose other halves lane ^ 4 has: one keeps the first row, one the other.
+    const bool upper = g % 2;
+    const int row = upper * 4 + g / 2;
+    float sum[T];
 #pragma unroll
     for (int t = 0; t < T; t++) {
         float c[4];
@@ -178,7 +185,8 @@ __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>
             const float(&a)[CHAINS][4] = acc[t];
             c[e] = CHAINS == 2 ? a[0][e] + a[1][e] : (a[0][e] + a[1][e]) + (a[2][e] + a[3][e]);
         }
-        sum[t] = i == 3 ? 0.0f : (i < 2 ? c[0] : c[2]) + (i < 1 ? c[1] : c[3]);
+        sum[t] = (upper ? c[3] : c[0]) + __shfl_xor_sync(0xffffffffu, upper ? c[1] : c[2], 4);
+        if (i == 3) sum[t] = 0.0f;
     }
     if constexpr (T == 6) {
         store_sums<4>(part, sum, i, row, warp);
