@@ -24,7 +24,7 @@ ARRAYS = (
 )  # fmt: skip
 WARPS = 8  # consumers of a block; one more produces
 THREADS = 32 * (WARPS + 1)
-SLOT_BYTES, SLOTS = 16 << 10, 13
+KEY_FRAME_BYTES, SLOTS = 16 << 10, 13
 COPIES = 4  # of the vectors that all blocks read
 MAX_SPLITS = 16
 HOPPER_SHARED_BYTES = 227 << 10
@@ -62,7 +62,7 @@ def defines(c: Config, kv_dtype: np.dtype, sampled: bool = False, many_keys: boo
         "LAYERS": c.num_hidden_layers, "HIDDEN": c.hidden_size, "HEADS": c.num_attention_heads,
         "KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim, "FFN": c.intermediate_size,
         "QK_NORM": int(c.has_qk_norm), "QKV_BIAS": int(c.has_qkv_bias), "UNIT_HEADS": _unit_heads(c, many_keys),
-        "SLOTS": _slots(c, many_keys), "SAMPLED": int(sampled),
+        "SEGMENT": _segment(c), "SLOTS": _slots(c, many_keys), "SAMPLED": int(sampled),
     }  # fmt: skip
     types = {"W_TYPE": "bf16", "KV_TYPE": cuda.STORAGE[kv_dtype]}
     return (*((name, str(value)) for name, value in sizes.items()), *types.items())
@@ -76,9 +76,20 @@ def _unit_heads(c: Config, many_keys: bool = False) -> int:
     return 2 if group % 2 == 0 and (group > 2 or many_keys) else 1
 
 
+def _segment(c: Config) -> int:
+    """Columns of a frame: 1,024 of eight rows, or more of four."""
+    return 2560 if c.hidden_size % 2560 == 0 else 1024
+
+
+def slot_bytes(c: Config) -> int:
+    """Of a frame in the ring."""
+    segment = _segment(c)
+    return (4 if segment > 1024 else 8) * segment * 2
+
+
 def _slots(c: Config, many_keys: bool = False) -> int:
     """Frames in the ring: thirteen, or what fits beside the rest into the 227 KB that a block can have."""
-    return min(SLOTS, (HOPPER_SHARED_BYTES - _own_bytes(c, many_keys)) // (SLOT_BYTES + 16))
+    return min(SLOTS, (HOPPER_SHARED_BYTES - _own_bytes(c, many_keys)) // (slot_bytes(c) + 16))
 
 
 def _own_bytes(c: Config, many_keys: bool) -> int:
@@ -90,7 +101,7 @@ def _own_bytes(c: Config, many_keys: bool) -> int:
 
 def shared_bytes(c: Config, many_keys: bool = False) -> int:
     """Dynamic shared memory of a block: the ring, its barriers, and struct Shared."""
-    return _slots(c, many_keys) * (SLOT_BYTES + 16) + _own_bytes(c, many_keys)
+    return _slots(c, many_keys) * (slot_bytes(c) + 16) + _own_bytes(c, many_keys)
 
 
 def obstacle(model: Qwen3) -> str | None:
@@ -114,7 +125,7 @@ def obstacle(model: Qwen3) -> str | None:
 
 def can_sample(model: Qwen3) -> bool:
     """Whether the kernel can also choose as `sample` does, in the ring's memory."""
-    return _slots(model.config, many_keys=True) * SLOT_BYTES >= cuda.SAMPLE_SHARED_BYTES
+    return _slots(model.config, many_keys=True) * slot_bytes(model.config) >= cuda.SAMPLE_SHARED_BYTES
 
 
 def _least_blocks(c: Config) -> int:
@@ -195,7 +206,7 @@ class DecodeStep:
     def _boxes(array: Array) -> np.ndarray:
         """The map by which the kernel's producer copies keys or values, [L, S, K, D]."""
         layers, rows, _, dim = array.shape
-        frame_keys = SLOT_BYTES // 2 // (dim * array.dtype.itemsize)
+        frame_keys = KEY_FRAME_BYTES // 2 // (dim * array.dtype.itemsize)
         return launch.tensor_map(array.view(np.uint16).reshape(layers * rows, -1), frame_keys)
 
     def expect(self, cached: int) -> None:

@@ -104,7 +104,7 @@ template <class T> struct WarpAttention {
 #pragma unroll
         for (int u = 0; u < LOADS; u++) {
             // What is not there may be NaN, so the last row that is takes its place, without weight.
-            load_row(slot + SLOT / 2, first + min(u * KEYS + group(), count - 1), x);
+            load_row(slot + KEY_FRAME / 2, first + min(u * KEYS + group(), count - 1), x);
 #pragma unroll
             for (int h = 0; h < CH; h++)
 #pragma unroll
@@ -226,7 +226,7 @@ template <> struct WarpAttention<bf16> {
 #pragma unroll
         for (int m = 0; m < STEPS; m++) {
             unsigned values[4];
-            ldmatrix_x4_trans(values, slot + SLOT / 2 + piece_place(first + key, 2 * m + lane() / 8 % 2));
+            ldmatrix_x4_trans(values, slot + KEY_FRAME / 2 + piece_place(first + key, 2 * m + lane() / 8 % 2));
             mma_bf16(sum[m], values, w[0], w[1]);
         }
     }

@@ -35,6 +35,16 @@ struct Share {
 // exchange of a vector beside two frames on their way took 2.0 instead of 1.7 us (H100).
 template <int COLUMNS> constexpr int ROW_PITCH = (COLUMNS < SEGMENT ? COLUMNS : SEGMENT) * 2;
 
+// So many that with one more these are at most the ring, as far back as `wait_for_landing` sees.
+__host__ __device__ constexpr int in_ring(int frames) { return frames < SLOTS - 1 ? frames : SLOTS - 1; }
+
+// Frames on their way in the layers, and how many may be left in the ring for one more: what waits for words queues behind them all. By themselves
+// on an H100 one reaches 2.3 TB/s, two 3.05, three 3.1, and an exchange of a vector beside them takes 1.1, 1.5 and 2.4 us instead of 0.7. us a
+// token: 0.6B with two and `low` 4, 6, 8, 10 439, 432, 431, 441, with one and 10 436; at 8,192 tokens two or three 802, 831; 4B 2,722 and 2,746.
+constexpr int IN_FLIGHT = in_ring(2), LOW = SLOTS - 2 < 6 ? SLOTS - 2 : 6;
+// Nobody waits for words in the head, but the block that chooses, which has its rows early to look at those of the others.
+constexpr int HEAD_IN_FLIGHT = in_ring(SAMPLED ? 3 : 6), CHOOSER_IN_FLIGHT = SLOTS - 2;
+
 struct Ring {
     unsigned char* slots;
     mbarrier *full, *empty;
@@ -43,7 +53,7 @@ struct Ring {
     int slot = 0;
     unsigned parity = 0;
     bool ended = false;  // no frame will be free any more
-    int in_flight = 1, low = 0;  // frames that may be on their way; one more when so many or fewer wait to be used
+    int in_flight = IN_FLIGHT;  // frames that may be on their way; one more when LOW or fewer wait to be used
     __device__ void advance() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
@@ -58,9 +68,9 @@ struct Ring {
         while (!*over && !mbarrier_try_wait(next, n + 1 & 1)) {}
         fence_proxy_async_all();  // bulk copies of keys and values that other blocks have written
     }
-    // Whether `low` frames or fewer wait to be used: whether the one before them has been freed.
+    // Whether LOW frames or fewer wait to be used: whether the one before them has been freed.
     __device__ bool runs_low() const {
-        const int ahead = slot + SLOTS - 1 - low;
+        const int ahead = slot + SLOTS - 1 - LOW;
         const bool wraps = ahead >= SLOTS;
         return mbarrier_test_wait(empty + ahead - (wraps ? SLOTS : 0), parity ^ 1 ^ unsigned(wraps));
     }
@@ -76,6 +86,7 @@ struct Ring {
         while (!ended && !mbarrier_try_wait(empty + slot, parity ^ 1)) ended = *over && !mbarrier_test_wait(empty + slot, parity ^ 1);
         if (ended) return nullptr;
         wait_for_landing(in_flight + runs_low());
+        if (PARTS > 1) __syncwarp();  // an empty frame may be used and freed at once, a phase further than what the other lanes wait for
         if (threadIdx.x % 32 == 0) mbarrier_arrive_expect(full + slot, bytes);
         __syncwarp();
         return slots + slot * SLOT;
@@ -99,34 +110,19 @@ struct Ring {
     }
 };
 
-// So many that with one more these are at most the ring, as far back as `wait_for_landing` sees.
-__host__ __device__ constexpr int in_ring(int frames) { return frames < SLOTS - 1 ? frames : SLOTS - 1; }
-
-// Frames on their way: what waits for words queues behind them all, so few where the exchanges bound a layer, more where its bytes do. By
-// themselves on an H100 one reach 2.3 TB/s, two 3.05, three 3.1, and an exchange of a vector beside them takes 1.1, 1.5 and 2.4 us instead of 0.7.
-// us a token: 0.6B, 15 frames a layer and block, two, and `low` 4, 6, 8, 10, 439, 432, 431, 441, one, and 10, 436; at 8,192 tokens, 31 frames, two or
-// three 802, 831; 1.7B, 47 frames, 1,138 and 1,124. 4B and 8B: three or four, the same.
-__device__ __forceinline__ void pace(Ring& ring, const Share& keys) {
-    constexpr long long LAYER = 1ll * QKV * C + HD * C + 3ll * F * C;
-    const int frames = int(LAYER / (ROWS * SEGMENT) / gridDim.x) + keys.frames();
-    ring.in_flight = in_ring(frames < 40 ? 2 : 3);
-    ring.low = min(SLOTS - 2, 6);
-}
-// Nobody waits for words in the head, where `low` stays as it was. The block that chooses takes more, so that it has its rows early and can
-// look at those of the others.
-constexpr int HEAD_IN_FLIGHT = in_ring(SAMPLED ? 4 : 6), CHOOSER_IN_FLIGHT = SLOTS - 2;
-
-// `count` rows of a matrix, 4 or 8, segment after segment, into the ring. The whole producer warp.
+// `count` rows of a matrix, 4 or 8, segment after segment, into the ring; half a tile has empty frames in its other half's place. The whole
+// producer warp.
 template <int COLUMNS> __device__ __forceinline__ void produce(Ring& ring, const W_TYPE* rows, int count = ROWS) {
     constexpr int N = segments(COLUMNS);
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int s = 0; s < N; s++) {
+    for (int f = 0; f < N * PARTS; f++) {
+        const int s = f / PARTS, first = f % PARTS * FRAME_ROWS, n = min(FRAME_ROWS, count - first);
         const int columns = N == 1 ? COLUMNS : min(SEGMENT, COLUMNS - s * SEGMENT);
-        unsigned char* slot = ring.take(count * columns * 2);
+        unsigned char* slot = ring.take(n * columns * 2);
         if (!slot) return;
-        if (lane < count)
-            bulk_copy_once(slot + lane * ROW_PITCH<COLUMNS>, rows + (size_t)lane * COLUMNS + s * SEGMENT, columns * 2, ring.full + ring.slot);
+        if (lane < n)
+            bulk_copy_once(slot + lane * ROW_PITCH<COLUMNS>, rows + (size_t)(first + lane) * COLUMNS + s * SEGMENT, columns * 2, ring.full + ring.slot);
         ring.advance();
     }
 }
@@ -138,7 +134,7 @@ __device__ __forceinline__ void produce_keys(Ring& ring, const Share& mine, cons
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int row = mine.first; row < mine.last; row += FRAME_KEYS) {
-        unsigned char* slot = ring.take(SLOT);
+        unsigned char* slot = ring.take(KEY_FRAME);
         if (!slot) return;
         if (lane < 2 * BOXES)
             bulk_copy_2d(slot + lane * BOX, lane < BOXES ? keys : values, (mine.kv() * BOXES + lane % BOXES) * COLUMNS, first_row + row,
@@ -156,7 +152,7 @@ __device__ __forceinline__ const W_TYPE* qkv_rows(const u64* table, int layer, i
 // For the n-th token of a launch, from 0 on, with `cached` tokens before it.
 __device__ __forceinline__ void produce_layers(Ring& ring, int n, const u64* table, int cached, const TensorMap* keys, const TensorMap* values, int S) {
     const Share mine(cached);
-    pace(ring, mine);
+    ring.in_flight = IN_FLIGHT;
 #pragma unroll 1
     for (int l = 0; l < L && !*ring.over; l++) {
         const Deal qkv(QKV, l, ROWS), vector(C, l, 4), ffn(F, l, 4);

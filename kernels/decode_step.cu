@@ -53,16 +53,17 @@
 #include "ptx.cuh"
 
 constexpr int L = LAYERS, C = HIDDEN, H = HEADS, K = KV_HEADS, D = HEAD_DIM, F = FFN, HD = H * D, QKV = (H + 2 * K) * D;
-constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, ROWS = 8, SEGMENT = 1024, CHUNK = 64;  // more warps would have too few registers
+constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, ROWS = 8, CHUNK = 64;  // more warps would have too few registers
 constexpr int OWN = SEGMENT / WARPS, CHUNKS = OWN / CHUNK;  // columns of a warp in a segment, in chunks of one fragment
-constexpr int SLOT = ROWS * SEGMENT * 2;  // bytes
+constexpr int FRAME_ROWS = SEGMENT > 1024 ? 4 : 8, PARTS = ROWS / FRAME_ROWS;  // of a tile in a frame; frames of a tile's segment
+constexpr int SLOT = FRAME_ROWS * SEGMENT * 2, KEY_FRAME = 16 << 10;          // bytes; of a frame of keys and values
 constexpr int PASS = 8, PITCH = WARPS;  // tiles between two barriers; floats from row to row
 constexpr int CH = UNIT_HEADS, UNITS = H / CH, SHARE = CH * D;
-constexpr int KEY_BYTES = D * sizeof(KV_TYPE), FRAME_KEYS = SLOT / 2 / KEY_BYTES;  // a frame has the keys and the values of so many rows
+constexpr int KEY_BYTES = D * sizeof(KV_TYPE), FRAME_KEYS = KEY_FRAME / 2 / KEY_BYTES;  // a frame has the keys and the values of so many rows
 constexpr int PARTS_PITCH = D / 2 + 16;  // words of a part of a query, so that a warp reads parts from different banks
 constexpr int SPLIT_KEYS = 96, MAX_SPLITS = 16;  // blocks that share a head's keys have so many each, or more
 static_assert(H % K == 0 && (H / K) % CH == 0 && C % CHUNK == 0 && HD % CHUNK == 0 && F % CHUNK == 0 && D % 64 == 0 && D <= 128, "");
-static_assert(CH + 2 <= WARPS && SLOTS >= 4 && FRAME_KEYS % 8 == 0, "");
+static_assert(CH + 2 <= WARPS && SLOTS >= 4 && FRAME_KEYS % 8 == 0 && OWN % CHUNK == 0 && SLOT >= KEY_FRAME && SLOT % 1024 == 0, "");
 
 enum Array { INPUT_NORM, Q_PROJ, K_PROJ, V_PROJ, Q_BIAS, K_BIAS, V_BIAS, Q_NORM, K_NORM, O_PROJ, POST_NORM, GATE, UP, DOWN, ARRAYS };
 

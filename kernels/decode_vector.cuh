@@ -140,7 +140,7 @@ template <int T> __device__ __forceinline__ void store_sums(float* part, float* 
 // the columns of its half count in each row.
 template <int COLUMNS, int T>
 __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>& v, float* part, int warp, int lane) {
-    constexpr int N = segments(COLUMNS), FRAMES = T * N, AT_ONCE = T == 6 ? 6 : 4, CHAINS = T >= 4 ? 2 : 4;
+    constexpr int N = segments(COLUMNS), FRAMES = T * N * PARTS, AT_ONCE = T == 6 ? 6 : 4, CHAINS = T >= 4 ? 2 : 4;
     const int g = lane / 4, i = lane % 4, at = lane / 8 * ROW_PITCH<COLUMNS> + warp * OWN * 2 + lane % 8 * 16;
     float acc[T][CHAINS][4];
 #pragma unroll
@@ -153,15 +153,16 @@ __device__ __forceinline__ void multiply_tiles(Ring& ring, const Vector<COLUMNS>
         int slot[MOST];
         ring.receive(slot, FRAMES - f0);
 #pragma unroll
-        for (int f = 0; f < MOST; f++) {
+        for (int f = 0; f < MOST; f += PARTS) {
             if (f0 + f >= FRAMES) break;
-            const int t = (f0 + f) / N, s = (f0 + f) % N;
+            const int t = (f0 + f) / PARTS / N, s = (f0 + f) / PARTS % N;
+            const unsigned char* const upper_rows = ring.slots + slot[f] * SLOT + at;
+            const unsigned char* const lower_rows = PARTS == 1 ? upper_rows + 4 * ROW_PITCH<COLUMNS> : ring.slots + slot[f + PARTS - 1] * SLOT + at;
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++) {
                 const int m = s * CHUNKS + c;
                 if (!has_chunk<COLUMNS>(m, warp)) break;
-                const unsigned char* const piece = ring.slots + slot[f] * SLOT + at + c * 128;
-                const uint4 a = *reinterpret_cast<const uint4*>(piece), b = *reinterpret_cast<const uint4*>(piece + 4 * ROW_PITCH<COLUMNS>);
+                const uint4 a = *reinterpret_cast<const uint4*>(upper_rows + c * 128), b = *reinterpret_cast<const uint4*>(lower_rows + c * 128);
                 const unsigned pairs[2][4] = {{a.x, b.x, a.y, b.y}, {a.z, b.z, a.w, b.w}};
 #pragma unroll
                 for (int e = 0; e < 2; e++) mma_bf16(acc[t][(m * 2 + e) % CHAINS], pairs[e], v.part[m][2 * e], v.part[m][2 * e + 1]);
