@@ -33,7 +33,7 @@ LOST, ENDED = 1, 2  # in `state`: a block gave up waiting; nothing follows
 NOT_YET = -2  # in `tokens`
 MAX_ENDS = 32
 MAX_BLOCKS, MAX_LOTS, CHOSEN_PITCH = 1024, 8192, 16
-MANY_KEYS = 5120  # cached tokens from which the two query heads of a key head are computed together
+MANY_KEYS = 2560  # cached tokens from which the two query heads of a key head are computed together
 
 
 def variants() -> Iterator[tuple[str, launch.Defines]]:
@@ -70,8 +70,8 @@ def defines(c: Config, kv_dtype: np.dtype, sampled: bool = False, many_keys: boo
 
 def _unit_heads(c: Config, many_keys: bool = False) -> int:
     """Query heads that one block computes together, as each reads the keys. The two of a key head apart, which is more blocks,
-    where keys are few: Qwen3-0.6B on an H100, a token of 4,096, 5,200, 7,000 cached ones: apart 651, 712, 811 us, together 659,
-    707, 768; of 32,768 2,043 and 1,790 (the day before)."""
+    where keys are few: Qwen3-0.6B on an H100, a token of 128, 1,024, 4,096 cached ones: apart 456, 490, 640 us, together 466,
+    505, 608."""
     group = c.num_attention_heads // c.num_key_value_heads
     return 2 if group % 2 == 0 and (group > 2 or many_keys) else 1
 
@@ -129,12 +129,13 @@ def can_sample(model: Qwen3) -> bool:
 
 
 def _least_blocks(c: Config) -> int:
-    """For the layers."""
-    return max(c.num_attention_heads // _unit_heads(c), -(-c.hidden_size // 64))
+    """For the layers; and one that chooses beside one that does not."""
+    return max(2, c.num_attention_heads // _unit_heads(c), -(-c.hidden_size // 64))
 
 
 def blocks(model: Qwen3) -> int:
-    """Blocks that the step is launched with: all that the GPU runs at once, as long as each has rows of every matrix."""
+    """Blocks that the step is launched with: all that the GPU runs at once, as long as each has rows of every matrix (the one that samples
+    has none of the first layer's projections)."""
     c = model.config
     resident = launch.resident_blocks(
         "decode_step", "decode_step", defines(c, model.kv_dtype), THREADS, shared_bytes(c)
@@ -161,7 +162,7 @@ class DecodeStep:
             raise ValueError(f"decode_step: {reason}")
         c, device = model.config, model.device
         self.grid = (blocks(model),)
-        self.config, self.kv_dtype, self.shared_bytes = c, model.kv_dtype, shared_bytes(c)
+        self.config, self.kv_dtype = c, model.kv_dtype
         self.state, self.position = device.upload(np.zeros(2, np.int32)), device.empty((1,), np.int32)
         self.ids = self.state[:1]
         self.logits = device.empty((1, c.vocab_size), np.float32)
@@ -186,14 +187,20 @@ class DecodeStep:
 
     def choose_by(self, plan: cuda.SamplingPlan | None, uniforms: Array | None = None) -> None:
         """Choose as `sample` does, by a plan for `n_ids` logits; None: the most likely token."""
+        self._builds: dict[bool, tuple[Any, int]] = {}  # first: an interrupt may come between any two of these lines
         nothing = (None,) * 6, (np.int32(0),) * 4 + (np.float64(0),) * 7
         arrays, numbers = nothing if plan is None else (plan.arrays, plan.numbers)
         self.choice = (*arrays, uniforms, *numbers)
         self.sampled = plan is not None
-        self.function = launch.load_function(*self._kernel(many_keys=False))
+        self._build(many_keys=False)
 
-    def _kernel(self, many_keys: bool) -> tuple[str, str, launch.Defines]:
-        return "decode_step", "decode_step", defines(self.config, self.kv_dtype, self.sampled, many_keys)
+    def _build(self, many_keys: bool) -> tuple[Any, int]:
+        """The kernel and its bytes of shared memory."""
+        if many_keys not in self._builds:
+            constants = defines(self.config, self.kv_dtype, self.sampled, many_keys)
+            function = launch.load_function("decode_step", "decode_step", constants)
+            self._builds[many_keys] = function, shared_bytes(self.config, many_keys)
+        return self._builds[many_keys]
 
     def end_at(self, end_ids: Collection[int]) -> None:
         """After which tokens nothing follows; the first MAX_ENDS of them."""
@@ -212,23 +219,19 @@ class DecodeStep:
     def expect(self, cached: int) -> None:
         """Load the kernel for steps with so many cached tokens: seconds, once on a machine."""
         if cached >= MANY_KEYS:
-            launch.load_function(*self._kernel(many_keys=True))
+            self._build(many_keys=True)
 
     def __call__(self, count: int = 1, fresh: bool = True, cached: int = 0) -> None:
         """Launch up to `count` steps, the first with so many `cached` tokens, on the current stream; with `fresh` also if the
         launch before has ENDED."""
         few = min(count, max(0, MANY_KEYS - cached))
         if few:
-            self._launch(self.function, few, fresh, self.shared_bytes)
+            self._launch(False, few, fresh)
         if few < count:
-            self._launch(
-                launch.load_function(*self._kernel(many_keys=True)),
-                count - few,
-                fresh and not few,
-                shared_bytes(self.config, many_keys=True),
-            )
+            self._launch(True, count - few, fresh and not few)
 
-    def _launch(self, function: Any, count: int, fresh: bool, shared_bytes: int) -> None:
+    def _launch(self, many_keys: bool, count: int, fresh: bool) -> None:
+        function, shared_bytes = self._build(many_keys)
         numbers = np.int32(len(self.end_ids)), np.int32(count), np.int32(fresh)
         function(self.grid, (THREADS,), (*self.args, *numbers, *self.choice), shared_bytes)
 

@@ -6,10 +6,11 @@
 // 1 / sqrt(D), and 1 / log 2, so that the softmax needs powers of two only.
 constexpr float QUERY_FACTOR = float(1.4426950408889634 / (D == 64 ? 8.0 : 11.313708498984761));
 
-// One head's D projected values, gained, rotated and scaled, to out[0..D) in shared memory, and cut to `parts` if they are asked for; with `round` as KV_TYPE has them, and to `stored`
-// as well if it is there. The whole warp; lane i holds elements E i .. E i + E - 1, so its partners in the rotation are those of lane i ^ 16.
-__device__ __forceinline__ void finish_head(float* out, unsigned (*parts)[PARTS_PITCH], bool round, KV_TYPE* stored, const u64* words, unsigned tag, const float* gain, bool rotate,
-                                            const Shared& shared, float factor, float eps, Patience& patience) {
+// One head's D projected values, gained, rotated and scaled, to out[0..D) in shared memory, and cut into three to `parts` if it is there; with
+// `round` as KV_TYPE has them, and to `stored` as well if it is there. The whole warp; lane i holds elements E i .. E i + E - 1, so its partners in
+// the rotation are those of lane i ^ 16.
+__device__ __forceinline__ void finish_head(float* out, unsigned (*parts)[PARTS_PITCH], bool round, KV_TYPE* stored, const u64* words, unsigned tag,
+                                            const float* gain, bool rotate, const Shared& shared, float factor, float eps, Patience& patience) {
     constexpr int E = D / 32;
     const int lane = threadIdx.x % 32, first = E * lane;
     float x[E / 2][2], g[E];
@@ -68,7 +69,8 @@ __device__ __forceinline__ void attend(Me& me, const u64* table, int l, int p, K
         const u64* from = projected + (is_query ? (unit * CH + warp) * D : HD + (is_key ? 0 : K * D) + kv * D);
         const float* gain = QK_NORM && warp <= CH ? array<float>(table, l, is_query ? Q_NORM : K_NORM) : nullptr;
         KV_TYPE* stored = writes ? (is_key ? keys : values) + ((size_t)p * K + kv) * D : nullptr;
-        finish_head(is_query ? shared.query[warp] : is_key ? shared.key : shared.value, is_query ? shared.query_parts[warp] : nullptr, !is_query, stored, from, tag, gain, warp <= CH, shared,
+        float* const to = is_query ? shared.query[warp] : is_key ? shared.key : shared.value;
+        finish_head(to, is_query ? shared.query_parts[warp] : nullptr, !is_query, stored, from, tag, gain, warp <= CH, shared,
                     is_query ? QUERY_FACTOR : 1.0f, eps, me.patience);
     }
     me.barrier();

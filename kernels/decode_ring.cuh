@@ -9,12 +9,15 @@ __device__ __forceinline__ bool chooses() { return SAMPLED && blockIdx.x == grid
 // (2,560 rows over 132 blocks: 24 instead of 20 the most). The layer turns the deal so that no block has the longer end in each.
 struct Deal {
     int first, last;
-    __device__ Deal(int rows, unsigned turn, int unit) {
-        const unsigned blocks = gridDim.x, b = (blockIdx.x + turn) % blocks, units = (rows + unit - 1) / unit;
+    __device__ Deal(int rows, unsigned turn, int unit, unsigned blocks = gridDim.x) {  // to the first so many blocks
+        const unsigned b = blockIdx.x < blocks ? (blockIdx.x + turn) % blocks : blocks, units = (rows + unit - 1) / unit;
         first = min(rows, int(b * units / blocks * unit)), last = min(rows, int((b + 1) * units / blocks * unit));
     }
     __device__ int size() const { return last - first; }
 };
+
+// Layer l's projections. The block that chooses has none in the first layer: its ring is in use, and empty after the choice.
+__device__ __forceinline__ Deal projections(int l) { return Deal(QKV, l, ROWS, gridDim.x - unsigned(SAMPLED && l == 0)); }
 
 // This block's share of the cached keys of a unit of query heads.
 struct Share {
@@ -57,6 +60,7 @@ struct Ring {
     __device__ void advance() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
+    __device__ bool is_over() const { return __shfl_sync(0xffffffffu, *over, 0); }  // the same for all lanes, which may be anywhere
     __device__ void skip(int frames) {
         slot += frames;
         parity ^= slot / SLOTS & 1, slot %= SLOTS;
@@ -122,7 +126,8 @@ template <int COLUMNS> __device__ __forceinline__ void produce(Ring& ring, const
         unsigned char* slot = ring.take(n * columns * 2);
         if (!slot) return;
         if (lane < n)
-            bulk_copy_once(slot + lane * ROW_PITCH<COLUMNS>, rows + (size_t)(first + lane) * COLUMNS + s * SEGMENT, columns * 2, ring.full + ring.slot);
+            bulk_copy_once(slot + lane * ROW_PITCH<COLUMNS>, rows + (size_t)(first + lane) * COLUMNS + s * SEGMENT, columns * 2,
+                           ring.full + ring.slot);
         ring.advance();
     }
 }
@@ -154,8 +159,8 @@ __device__ __forceinline__ void produce_layers(Ring& ring, int n, const u64* tab
     const Share mine(cached);
     ring.in_flight = IN_FLIGHT;
 #pragma unroll 1
-    for (int l = 0; l < L && !*ring.over; l++) {
-        const Deal qkv(QKV, l, ROWS), vector(C, l, 4), ffn(F, l, 4);
+    for (int l = 0; l < L && !ring.is_over(); l++) {
+        const Deal qkv = projections(l), vector(C, l, 4), ffn(F, l, 4);
         for (int r = qkv.first; r < qkv.last; r += ROWS) produce<C>(ring, qkv_rows(table, l, r));
         if (l == 0) ring.wait_for_next(n);
         if (mine.exists()) produce_keys(ring, mine, keys, values, l * S);

@@ -67,8 +67,10 @@ template <int N> __device__ __forceinline__ void read_lots(const u64* words, int
         if (ready || (tries % 256 == 255 && patience.over())) break;
     }
 #pragma unroll
-    for (int j = 0; j < N; j++)  // or a logit is NaN
-        if (lots[j].largest() == sampling::ALL && __float_as_uint(read_word(words + BEST + 2 * ((n + j * CONSUMERS) % gridDim.x), tag, patience))) *lost = 1;
+    for (int j = 0; j < N; j++) {
+        if (lots[j].largest() != sampling::ALL) continue;  // or a logit is NaN
+        if (__float_as_uint(read_word(words + BEST + 2 * ((n + j * CONSUMERS) % gridDim.x), tag, patience))) *lost = 1;
+    }
 }
 
 static_assert(sampling::GROUPS > sampling::LIST, "");
@@ -135,7 +137,7 @@ __device__ __noinline__ int choose_from_lots(sampling::Shared& s, const sampling
     gather_lots(s, V, rank, 0, before);
     block_barrier();  // s.groups has been read
     // A rehearsal, which brings the instructions: a layer's have pushed them out of the caches.
-    if (s.count > 0 && s.count <= sampling::SHORT) draw_from_short_list(s, s.count, 0.0, random.share);
+    if (before > 0 && s.count <= sampling::SHORT) draw_from_short_list(s, s.count, 0.0, random.share);  // not s.count > 0: others add late ones
 
     // A late lot's only token comes with it, which saves the way to its logits: 2.5 us.
     const auto add = [&](int n, const Tops& its) {

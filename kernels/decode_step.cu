@@ -22,15 +22,16 @@
 //              count     int32, tokens at most, 1 or more      fresh  int32: 0 does nothing if the launch before has ENDED
 //              step .. frequency  as of sample.cu, N = n_ids; null and 0 unless SAMPLED
 // Constants    LAYERS L, HIDDEN C, HEADS H, KV_HEADS K, HEAD_DIM D (64 or 128), FFN F; C, H D and F multiples of 64, V of 8
-//              W_TYPE bf16, KV_TYPE bf16 | f16 | f32, QK_NORM and QKV_BIAS 0 | 1, UNIT_HEADS query heads that attend together,
-//              SLOTS of 16 KB in the ring, 4 or more; SAMPLED 0: the arg-max of the logits below n_ids, the lowest id among equals,
-//              1: as sample.cu chooses
+//              W_TYPE bf16, KV_TYPE bf16 | f16 | f32, QK_NORM and QKV_BIAS 0 | 1, UNIT_HEADS 1 | 2 query heads that attend together,
+//              SEGMENT columns in a frame of weights, of 8 rows up to 1,024, of 4 where there are more (2,048 or 2,560), SLOTS frames in
+//              the ring, 4 or more; SAMPLED 0: the arg-max of the logits below n_ids, the lowest id among equals, 1: as sample.cu chooses
 // Work         8 consumer warps and one producer warp a block. A matrix is dealt out in tiles of 8 rows, the last of a block
 //              often of 4; a block's tiles of a token, and between them its share of the cached keys and values, follow one another in an
 //              order that no value decides, so the producer streams them through the ring without a pause at stages or layers, few of them
-//              on their way at a time; between two tokens it waits for the choice, with the first product's tiles sent but in the block that
-//              chooses (decode_ring.cuh). A consumer warp owns 128 columns of every 1024: it waits for just these values of the vector,
-//              multiplies all rows by them on the tensor cores, and the 8 partial sums of a row meet in shared memory.
+//              on their way at a time, and on into the next token's while this one is chosen, but in the block that chooses
+//              (decode_ring.cuh). A consumer warp owns an eighth of a segment's columns: it waits for just these values of the vector,
+//              multiplies all rows by them on the tensor cores, and the 8 partial sums of a row meet in shared memory. In attention two warps
+//              have a frame of keys and values (decode_keys.cuh).
 // Exchange     between blocks by words {float32 value, tag}: a reader polls the very word that it needs, in one of COPIES
 //              of the vectors, and no counter or barrier of the grid exists. Five exchanges a layer (vector, qkv, attention, vector, activation), one
 //              more where a head's keys are shared out, one for the choice. A word is written again only after everybody has passed it:
@@ -46,7 +47,7 @@
 // Traffic      a token: all weights once and 2 L p K D sizeof(KV_TYPE) bytes of cache
 // Determinism  fixed order of summation (another with fewer than 6 SLOTS); the split of the keys follows from p, and nothing from
 //              timing but after how many tokens `halt` ends
-// Limits       UNITS = H / UNIT_HEADS <= W <= C / 4 <= 16 W, where W is gridDim.x. A block that waits longer than 2 s goes on with what it has.
+// Limits       UNITS = H / UNIT_HEADS <= W <= C / 4 <= 16 W and 2 <= W, where W is gridDim.x. A block that waits longer than 2 s goes on with what it has.
 //              Finite values: an infinite one gives NaN, an infinite weight an infinity or NaN
 // Wrapper decode_step.DecodeStep · truth the operations · test tests/test_decode_step.py, test_decode_many.py · benchmark benchmarks/decode.py
 #include "common.cuh"
@@ -158,7 +159,7 @@ __device__ __forceinline__ void run_layers(Consumer& me, const Token& token, con
 #pragma unroll 1
     for (int l = 0; l < opaque(L); l++) {  // or registers are spilled
         const unsigned tag = token.tag(l);
-        const Deal qkv(QKV, l, ROWS), vector(C, l, 4), ffn(F, l, 4);
+        const Deal qkv = projections(l), vector(C, l, 4), ffn(F, l, 4);
         const int mine = vector.first + t;  // this thread's element of the residual stream, if there are so many
         const bool has_element = t < vector.size();
         KV_TYPE *k = keys + (size_t)l * S * K * D, *v = values + (size_t)l * S * K * D;
@@ -254,9 +255,8 @@ decode_step(float* __restrict__ logits, int* ids, int* position, int* tokens, co
     Ring ring{memory, shared.full, shared.empty, &shared.next, &shared.over};
     if (t >= CONSUMERS) {
 #pragma unroll 1
-        for (int n = 0; n < count && !*ring.over; n++) {
+        for (int n = 0; n < count && !ring.is_over(); n++) {
             const int p = first_position + n;
-            if (chooses()) ring.wait_for_next(n);
             produce_layers(ring, n, shared.table, (n ? p < S : known) ? p : 0, &key_map, &value_map, S);
             produce_head(ring, lm_head, shared.head);
         }

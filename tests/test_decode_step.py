@@ -21,10 +21,13 @@ SPECS = {
         Spec("two_heads_a_key_head", 4, 2, 64, 128, 192, 264),
         Spec("untied_no_gain_biases", 7, 1, 64, 448, 320, 272, model_type="qwen2", tie_word_embeddings=False),
         Spec("two_heads_together_ragged_segments", 4, 1, 128, 1088, 1216, 264, k_gains="ordinary"),
+        Spec("frames_of_four_rows", 4, 1, 128, 1088, 2112, 264, k_gains="ordinary"),
         Spec("two_segments_each", 16, 8, 128, 2048, 2176, 520, num_hidden_layers=1, k_gains="ordinary"),
     )
 }
-BLOCKS = {"two_heads_a_key_head": 5, "untied_no_gain_biases": 8, "two_heads_together_ragged_segments": 17}
+BLOCKS = {
+    "two_heads_a_key_head": 5, "untied_no_gain_biases": 8, "two_heads_together_ragged_segments": 17, "frames_of_four_rows": 17,
+}  # fmt: skip
 
 
 def load(folder, device, kv_dtype=F32):
@@ -65,11 +68,13 @@ def put(array, values):
 
 @pytest.mark.parametrize("kv", [F32, BF16])
 @pytest.mark.parametrize("name", SPECS)
-def test_decode_step(start, tmp_path, name, kv):
+def test_decode_step(start, tmp_path, name, kv, monkeypatch):
     """The steps of a sequence: at most twice the error of the operations one by one, against float64 throughout. The largest
     errors of all steps are compared: either side is lucky in some of them."""
     if name not in BLOCKS and start.emulated:
         pytest.skip("too large to emulate")
+    if name == "frames_of_four_rows":
+        monkeypatch.setattr(decode_step, "_segment", lambda c: 2048)
     folder = write(tmp_path, SPECS[name])
     ids = np.random.default_rng(0).integers(0, 256, 6).astype(np.int32)
     reference = load(folder, Device.cpu(np.float64), np.float64)
@@ -99,29 +104,41 @@ def test_decode_step(start, tmp_path, name, kv):
 
 
 @pytest.mark.parametrize(
-    "heads,cached", [(2, 63), (2, 64), (2, 65), (2, 192), (2, 193), (2, 300), (2, 600), (2, 1100), (1, 1100), (1, 2100)]
-)
-def test_decode_step_shares_out_the_keys(start, tmp_path, heads, cached):
-    """From 193 cached keys on several blocks, up to 16, share a head's. Poison behind the sequence must not be read."""
-    spec = Spec("long", heads, 1, 64, 128, 192, 264, num_hidden_layers=1, k_gains="ordinary")
+    "heads,dim,kv,cached",
+    [
+        *((2, 64, F32, cached) for cached in (63, 64, 65, 192, 193, 300, 600, 1100)),
+        (1, 64, F32, 1100), (1, 64, F32, 2100),
+        *((heads, dim, kv, cached) for heads in (2, 4) for dim in (64, 128) for kv in (BF16, np.float16) for cached in (15, 193, 517)),
+        (4, 128, F32, 193),
+    ],
+)  # fmt: skip
+def test_decode_step_shares_out_the_keys(start, tmp_path, heads, dim, kv, cached):
+    """From 193 cached keys on several blocks, up to 16, share a head's. Scores that grow by hundreds from the first key to the last,
+    so that a softmax must follow them. Poison behind the sequence must not be read."""
+    spec = Spec("long", heads, 1, dim, 128, 192, 264, num_hidden_layers=1, k_gains="ordinary")
     folder = write(tmp_path, spec)
     rng = np.random.default_rng(cached)
-    rows = [rng.standard_normal((1, cached, 1, 64)).astype(F32) for _ in range(2)]
+    rows = [rng.standard_normal((1, cached, 1, dim)) for _ in range(2)]
+    rows[0] *= np.linspace(0.1, 300, cached)[:, None, None] if cached % 2 else 1
+    rows = [array.astype(kv).astype(F32) for array in rows]
     reference = load(folder, Device.cpu(np.float64), np.float64)
     cache = reference.new_cache(cached + 1)
     cache.keys[:, :cached], cache.values[:, :cached], cache.length = *rows, cached
     truth = reference.forward(np.array([7]), cache)[0]
     device = start(16 if heads == 1 else 8)
-    network = load(folder, device)
-    cache = network.new_cache(cached + 40)
-    for array, known in zip((cache.keys, cache.values), rows, strict=True):
-        filled = np.full(array.shape, np.nan, F32)
-        filled[:, :cached] = known
-        put(array, filled)
-    step = DecodeStep(network, cache, spec.vocab_size)
+    network = load(folder, device, kv)
+    caches = [network.new_cache(cached + 40) for _ in range(2)]
+    for cache in caches:
+        for array, known in zip((cache.keys, cache.values), rows, strict=True):
+            filled = np.full(array.shape, np.nan, F32)
+            filled[:, :cached] = known
+            put(array, filled)
+        cache.length = cached
+    step = DecodeStep(network, caches[0], spec.vocab_size)
     put(step.ids, [7]), put(step.position, [cached])
     step()
-    assert error(host(step.logits)[0], truth) < 1e-5
+    theirs = error(host(network.forward(device.upload(np.array([7], np.int32)), caches[1]))[0], truth)
+    assert error(host(step.logits)[0], truth) <= 2 * theirs + 1e-5
 
 
 def test_decode_step_continues_by_itself(start, tmp_path):

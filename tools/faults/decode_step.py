@@ -3,19 +3,22 @@
 from faults.table import GIVES_UP, fault
 
 # fmt: off
-STEP, STEP_RING, STEP_VECTOR, STEP_ATTENTION, STEP_CHOICE, STEP_SAMPLED = (
+STEP, STEP_RING, STEP_VECTOR, STEP_ATTENTION, STEP_KEYS, STEP_CHOICE, STEP_SAMPLED = (
     "kernels/decode_step.cu", "kernels/decode_ring.cuh", "kernels/decode_vector.cuh", "kernels/decode_attention.cuh",
-    "kernels/decode_choice.cuh", "kernels/decode_sampled.cuh",
+    "kernels/decode_keys.cuh", "kernels/decode_choice.cuh", "kernels/decode_sampled.cuh",
 )
 DECODE = "cuqwen/decode.py"
-TWO_HEADS, BIASES, SEGMENTS, ROUNDED = (
+TWO_HEADS, BIASES, SEGMENTS, FOUR_ROWS, ROUNDED = (
     f"decode_step::decode_step[emulated-{case}]"
     for case in (
         "two_heads_a_key_head-float32", "untied_no_gain_biases-float32", "two_heads_together_ragged_segments-float32",
-        "two_heads_a_key_head-bfloat16",
+        "frames_of_four_rows-float32", "two_heads_a_key_head-bfloat16",
     )
 )
-SHARES = "decode_step::decode_step_shares_out_the_keys[emulated-2-300]"
+SHARES, SHARES_193, SHARES_MMA, SHARES_GROWING = (
+    f"decode_step::decode_step_shares_out_the_keys[emulated-{case}]"
+    for case in ("2-64-float32-300", "2-64-float32-193", "4-128-bfloat16-517", "4-128-float16-517")
+)
 
 fault(
     "step-attention-residual-dropped", STEP, "AFTER_O + mine, before + sum_warps", "AFTER_O + mine, sum_warps",
@@ -39,13 +42,13 @@ fault(
     TWO_HEADS,
 )
 fault(
-    "step-last-part-lost", STEP_VECTOR, "to[16 * p] = parts[p];", "to[16 * p] = p ? parts[p] : 0;", TWO_HEADS,
+    "step-last-part-lost", STEP_VECTOR, "to[32 * p] = parts[p];", "to[32 * p] = p ? parts[p] : 0;", TWO_HEADS,
 )
 fault(
-    "step-columns-of-the-other-rows", STEP_VECTOR, "(i < 2 ? c[0] : c[2])", "(i < 1 ? c[0] : c[2])", TWO_HEADS,
+    "step-columns-of-the-other-half", STEP_VECTOR, "(upper ? c[3] : c[0])", "(upper ? c[2] : c[0])", TWO_HEADS,
 )
 fault(
-    "step-first-columns-twice", STEP_VECTOR, "v.part[m][b % 2 * 2], v.part[m][b % 2 * 2 + 1]", "v.part[m][0], v.part[m][1]",
+    "step-first-columns-twice", STEP_VECTOR, "v.part[m][2 * e], v.part[m][2 * e + 1]", "v.part[m][0], v.part[m][1]",
     TWO_HEADS,
 )
 fault(
@@ -54,9 +57,12 @@ fault(
 )
 fault("step-frames-not-waited-for", STEP_RING, "        if (there) return;\n", "        return;\n", TWO_HEADS)
 fault("step-one-copy-written", STEP_VECTOR, "copy < COPIES", "copy < 1", TWO_HEADS)
-fault(
-    "step-second-half-not-moved", STEP_RING, "slot + row_place<COLUMNS>(4 * lane)", "slot + 8 * lane * COLUMNS", TWO_HEADS,
-)
+fault("step-upper-rows-twice", STEP_VECTOR, "upper_rows + 4 * ROW_PITCH<COLUMNS>", "upper_rows", TWO_HEADS)
+fault("step-first-frame-of-a-tile-twice", STEP_VECTOR, "slot[f + PARTS - 1] * SLOT", "slot[f] * SLOT", FOUR_ROWS)
+fault("step-first-rows-in-every-frame", STEP_RING, "(size_t)(first + lane) * COLUMNS", "(size_t)lane * COLUMNS", FOUR_ROWS)
+fault("step-empty-frame-overtakes-lanes", STEP_RING, "if (PARTS > 1) __syncwarp();", "", FOUR_ROWS)
+fault("step-warps-all-begin-at-the-first-frame", STEP_ATTENTION, "ring.skip(warp / WARPS_OF_FRAME);", "ring.skip(0);", SHARES)
+fault("step-frames-not-passed", STEP_ATTENTION, "me.ring.skip(frames);", "me.ring.skip(max(0, frames - 1));", SHARES)
 fault("step-ring-never-turns-over", STEP_RING, "slot = 0, parity ^= 1;", "slot = 0;", SEGMENTS)
 fault("step-waits-for-a-later-frame", STEP_RING, "parity ^ unsigned(wrapped)", "parity", TWO_HEADS)
 fault(
@@ -93,14 +99,24 @@ fault(
 )
 fault(
     "step-some-keys-in-no-share", STEP_RING, "(cached + (1 << shift) - 1) >> shift", "cached >> shift",
-    "decode_step::decode_step_shares_out_the_keys[emulated-2-193]",
+    SHARES_193,
 )
 fault(
-    "step-keys-behind-the-share", STEP_ATTENTION, "score[h][u] = row < there[f] ? sum : MINUS_INFINITY;",
-    "score[h][u] = sum;", SHARES,
+    "step-keys-behind-the-share", STEP_KEYS, "if (n >= count) score[h][u] = MINUS_INFINITY;", "", SHARES,
 )
-fault("step-values-behind-the-share", STEP_ATTENTION, "row, own, row < there[f], x)", "row, own, true, x)", SHARES)
-fault("step-pieces-of-the-first-slot", STEP_ATTENTION, "(row + slot) % 8", "row % 8", SHARES)
+fault("step-keys-behind-the-share-mma", STEP_KEYS, "if (n + 8 * r >= count) score[r] = MINUS_INFINITY;", "", SHARES_MMA)
+fault("step-values-behind-the-share", STEP_KEYS, "min(u * KEYS + group(), count - 1)", "u * KEYS + group()", SHARES)
+fault(
+    "step-values-behind-the-share-mma", STEP_KEYS, "min(key_row(lane() % 8) + lane() / 16 * 8, count - 1)",
+    "key_row(lane() % 8) + lane() / 16 * 8", SHARES_MMA,
+)
+fault("step-pieces-not-turned", STEP_KEYS, "(n % 8 ^ row % 8)", "(n % 8)", SHARES)
+fault("step-weights-of-other-keys", STEP_KEYS, "const int from = 8 * i + g / 4 * 2;", "const int from = 8 * i;", SHARES_MMA)
+fault("step-weights-without-last-part", STEP_KEYS, "g % 4 == 2 ? parts[2] : 0;", "0;", SHARES_MMA)
+fault("step-query-without-last-part", STEP_KEYS, "if (n % 4 == 3) x", "if (n % 4 >= 2) x", SHARES_MMA)
+fault("step-newest-key-in-two-columns", STEP_KEYS, "        if (i % 2) return;\n", "", ROUNDED)
+fault("step-base-does-not-follow", STEP_KEYS, "base = top, weight *= shrink;", "weight *= shrink;", SHARES_MMA)
+fault("step-sums-not-scaled-mma", STEP_KEYS, "sum[m][e] *= shrink;", ";", SHARES_MMA)
 fault("step-keys-of-another-head", STEP_RING, "(mine.kv() * BOXES + lane % BOXES)", "lane % BOXES", TWO_HEADS)
 fault("step-keys-of-another-layer", STEP_RING, "mine, keys, values, l * S);", "mine, keys, values, 0);", TWO_HEADS)
 fault(
@@ -108,7 +124,9 @@ fault(
     "min(rows, int((b * units + 1) / blocks * unit)), last",
     SEGMENTS,
 )
-fault("step-acc-not-rescaled", STEP_ATTENTION, "    head.weight *= shrink;\n", "", SHARES)
+fault(
+    "step-sums-not-scaled", STEP_KEYS, "sum[h][e] *= shrink;", ";", SHARES_GROWING,
+)
 fault(
     "step-warps-not-rescaled", STEP_ATTENTION, "fmaf(shared.weight[h][w], factor, weight)",
     "weight + shared.weight[h][w]", SHARES,
@@ -135,8 +153,16 @@ fault(
     "lots-late-ones-not-looked-at", STEP_SAMPLED, "for (int n = early + t; n < all;", "for (int n = early + t; n < early;",
     AMONG,
 )
-fault("lots-half-of-each", STEP_SAMPLED, "top[j] = max(unsigned(a), unsigned(b));", "top[j] = unsigned(a);", AMONG)
-fault("lots-chosen-in-a-ring-in-use", STEP, "if (chooses()) ring.wait_for_choice(n);", "", AMONG)
+fault("lots-half-of-each", STEP_SAMPLED, "return max(top[0], top[1]);", "return top[0];", AMONG)
+fault("lots-second-of-a-half-forgotten", STEP_SAMPLED, "(its.rest[h] & ~LANE_BITS) >= rank || ", "", AMONG)
+fault("lots-token-of-the-other-half", STEP_SAMPLED, "first + 32 * h +", "first +", AMONG)
+fault("lots-second-not-rounded-up", STEP_SAMPLED, "second + LANE_BITS & ~LANE_BITS", "second & ~LANE_BITS", AMONG)
+fault(
+    "lots-loss-not-told", STEP_SAMPLED, "lost ? sampling::ALL : top", "top",
+    "decode_many::a_block_that_is_lost_later_is_noticed",
+)
+fault("lots-chooser-expects-projections", STEP, "const Deal qkv = projections(l),", "const Deal qkv(QKV, l, ROWS),", AMONG)
+fault("lots-chosen-in-a-ring-in-use", STEP_RING, "if (l == 0) ring.wait_for_next(n);", "", AMONG)
 fault("lots-nothing-but-the-late-ones", STEP_SAMPLED, "gather_lots(s, V, rank, 0, before);", "", AMONG)
 fault(
     "heads-together-too-late", DECODE, ", cached=start + asked - count)", ")", "decode_many::an_answer_grows_to_many_keys"
@@ -150,5 +176,5 @@ fault(
 )
 fault(
     "step-weight-of-a-share-for-its-top", STEP_ATTENTION, "element % 2 ? state[1][1] : state[1][0]",
-    "element % 2 ? state[1][0] : state[1][1]", "decode_step::decode_step_shares_out_the_keys[emulated-2-193]",
+    "element % 2 ? state[1][0] : state[1][1]", SHARES_193,
 )
