@@ -95,7 +95,16 @@ def _slots(c: Config, many_keys: bool = False) -> int:
 def _own_bytes(c: Config, many_keys: bool) -> int:
     """Upper bound of the bytes of struct Shared but for the ring's barriers."""
     heads, dim = _unit_heads(c, many_keys), c.head_dim
-    floats = 32 + 2 * 64 * WARPS + 2 * WARPS + WARPS * 96 + dim * (heads + 3) + 3 * heads * (dim // 2 + 16) + WARPS * heads * dim + 2 * heads * WARPS
+    floats = (
+        32
+        + 2 * 64 * WARPS
+        + 2 * WARPS
+        + WARPS * 96
+        + dim * (heads + 3)
+        + 3 * heads * (dim // 2 + 16)
+        + WARPS * heads * dim
+        + 2 * heads * WARPS
+    )
     return 4 * floats + 8 * c.num_hidden_layers * len(ARRAYS) + 16 * WARPS + 192
 
 
@@ -134,8 +143,8 @@ def _least_blocks(c: Config) -> int:
 
 
 def blocks(model: Qwen3) -> int:
-    """Blocks that the step is launched with: all that the GPU runs at once, as long as each has rows of every matrix (the one that samples
-    has none of the first layer's projections)."""
+    """Blocks that the step is launched with: all that the GPU runs at once, as long as each has rows of every matrix
+    (the one that samples has none of the first layer's projections)."""
     c = model.config
     resident = launch.resident_blocks(
         "decode_step", "decode_step", defines(c, model.kv_dtype), THREADS, shared_bytes(c)

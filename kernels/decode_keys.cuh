@@ -140,7 +140,7 @@ template <> struct WarpAttention<bf16> {
     float base, weight, sum[STEPS][4];
     static_assert(CH <= 2 && (sizeof(KV_TYPE) != 2 || HALF % 16 == 0), "");
 
-    __device__ static int lane() { return threadIdx.x % 32; }
+    __device__ static int lane() { return opaque(threadIdx.x % 32); }  // as in decode_consumer.cuh: 10 registers less
     __device__ static int head(int n) { return min(n / 4, CH - 1); }  // of column n
 
     __device__ __forceinline__ void begin(const Shared& shared) {

@@ -32,7 +32,9 @@ def test_decode_step_has_the_shared_memory_that_it_is_given(size):
     text = text[: text.index('extern "C"')]
     for sampled, many_keys in itertools.product((False, True), repeat=2):
         defines = decode_step.defines(config, np.dtype(ml_dtypes.bfloat16), sampled, many_keys)
-        room = decode_step.shared_bytes(config, many_keys) - int(dict(defines)["SLOTS"]) * decode_step.slot_bytes(config)
+        room = decode_step.shared_bytes(config, many_keys) - int(dict(defines)["SLOTS"]) * decode_step.slot_bytes(
+            config
+        )
         nvrtc.compile(
             f"{text}static_assert(sizeof(Shared) <= {room} && sizeof(Shared) > {room} - 512);", "90a", defines
         )

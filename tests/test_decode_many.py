@@ -156,7 +156,10 @@ def test_a_launch_chooses_among_many(start, tmp_path, sampling, logits, monkeypa
         put(network.weights.lm_head, rows)
 
     rng = np.random.default_rng(8)
-    some, signs = rng.choice(6144, 1000, replace=False), rng.choice([-1, 1], (1000, 1)).astype(BF16)  # half of them on top
+    some, signs = (
+        rng.choice(6144, 1000, replace=False),
+        rng.choice([-1, 1], (1000, 1)).astype(BF16),
+    )  # half of them on top
     answers = answers_by(start, tmp_path, 6144, sampling, 6100, 4, monkeypatch, change)
     assert answers == answers[:1] * 4
 
@@ -228,7 +231,10 @@ def test_an_answer_of_broken_weights_says_so(start, tmp_path, sampling):  # noqa
     "line,lost",
     [
         ("    if (!fresh && ids[1] == ENDED) return;", "    if (first_turn > 4 && blockIdx.x == 1) return;"),
-        ("            if (me.patience.lost) shared.lost = 1;", "            if (first_turn > 4 && blockIdx.x == 1) shared.lost = 1;"),
+        (
+            "            if (me.patience.lost) shared.lost = 1;",
+            "            if (first_turn > 4 && blockIdx.x == 1) shared.lost = 1;",
+        ),
     ],
     ids=["ends", "goes on"],
 )
