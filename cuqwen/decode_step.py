@@ -39,7 +39,8 @@ MANY_KEYS = 2560  # cached tokens from which the two query heads of a key head a
 def variants() -> Iterator[tuple[str, launch.Defines]]:
     """(file, -D constants) for the shapes of Qwen3-0.6B, standing for all.
 
-    Some larger ones spill registers (with the arg-max 8B 28 bytes, 4B 144, 14B 688, 32B 1,328), which their longer streams hide.
+    Some larger ones spill registers (with the arg-max 8B 28 bytes, 4B 144, 14B 688, 32B 1,328), which their longer streams
+    hide.
     """
     for kv_dtype, sampled, many_keys in (
         (BF16, False, False),

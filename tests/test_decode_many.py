@@ -79,6 +79,33 @@ def test_many_steps_while_the_split_of_the_keys_changes(start, tmp_path, heads, 
     assert np.array_equal(host(steps[0].logits), host(steps[1].logits)) and np.isfinite(host(steps[0].logits)).all()
 
 
+@pytest.mark.parametrize("heads,blocks,cached", [(2, 8, 180), (1, 16, 370)])
+def test_thirty_two_tokens_are_those_of_float64(start, tmp_path, heads, blocks, cached):  # noqa: F811
+    """In one launch, in which two blocks begin to share a head's keys, or four."""
+    spec = Spec("long", heads, 1, 64, 128, 192, 264, num_hidden_layers=2, k_gains="ordinary")
+    folder = write(tmp_path, spec)
+    rng = np.random.default_rng(cached)
+    rows = [rng.standard_normal((2, cached, 1, 64)).astype(F32) for _ in range(2)]
+    reference = load(folder, Device.cpu(np.float64), np.float64)
+    truth = reference.new_cache(cached + 33)
+    truth.keys[:, :cached], truth.values[:, :cached], truth.length = *rows, cached
+    wanted = [7]
+    for _ in range(32):
+        logits = reference.forward(np.array(wanted[-1:]), truth)[0]
+        wanted.append(int(np.argmax(logits)))
+    cache = (network := load(folder, start(blocks))).new_cache(cached + 33)
+    for array, known in zip((cache.keys, cache.values), rows, strict=True):
+        filled = np.full(array.shape, np.nan, F32)
+        filled[:, :cached] = known
+        put(array, filled)
+    step = DecodeStep(network, cache, 264)
+    begin(step, 7, cached)
+    step(32, cached=cached)
+    launch.wait()
+    assert step.tokens[cached + 1 : cached + 33].tolist() == wanted[1:]
+    assert np.linalg.norm(host(step.logits)[0] - logits) <= 1e-5 * np.linalg.norm(logits)
+
+
 def test_an_answer_grows_to_many_keys(start, tmp_path, monkeypatch):  # noqa: F811
     """The kernel for them is launched when they are there, and the tokens are those of the other."""
     network = load(write(tmp_path, SPECS["two_heads_a_key_head"]), start(5, one_order=True), F32)
