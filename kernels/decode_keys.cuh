@@ -11,7 +11,7 @@
 
 constexpr int HALF = FRAME_KEYS / 2, WARPS_OF_FRAME = 2;  // keys of a warp in a frame
 constexpr float LOWEST = -3.402823466e38f;
-constexpr float SLACK = 64.0f;  // a sum of weights up to 2^SLACK is far from overflow, and floats lose nothing by it
+constexpr float SLACK = 64.0f;  // floats lose nothing by weights up to 2^SLACK; only cached values beyond 2^63 could overflow in a sum
 
 // Where the 16-byte piece n of row `row` is in a slot's keys or values: boxes of eight pieces, piece n of them at place n ^ row % 8.
 __device__ __forceinline__ int piece_place(int row, int n) { return n / 8 * (FRAME_KEYS * 128) + row * 128 + 16 * (n % 8 ^ row % 8); }

@@ -176,6 +176,20 @@ def test_pasted_sources_point_at_their_files():
                 assert where[file, number] == line
 
 
+def test_planted_faults_in_python_can_be_parsed():
+    """One that cannot be is noticed by any test, and stops tools/mutation_check.py."""
+    script = """
+import mutation_check
+for fault in mutation_check.FAULTS:
+    if fault.file.endswith(".py"):
+        text = (mutation_check.ROOT / fault.file).read_text()
+        for old, new in fault.edits:
+            text = text.replace(old, new)
+        compile(text, fault.name, "exec")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT / "tools", check=True)
+
+
 def test_planted_faults_are_met_by_tests_that_exist():
     """Parameters included; whether they notice the faults takes tools/mutation_check.py half an hour."""
     table = "import mutation_check; print(*sorted({test for fault in mutation_check.FAULTS for test in fault.tests}), sep='\\n')"

@@ -57,7 +57,7 @@ fault(
 )
 fault("attention-shares-not-rescaled", SHARES, "its[i].x = exp2f(its[i].x - top)", "its[i].x = 1.0f", LONG, GROUP_LONG)
 fault("attention-last-share", SHARES, "if (z0 + i < Z) {", "if (z0 + i < Z - 1) {", LONG, GROUP_LONG)
-fault("attention-shares-before-the-last", SHARES, "    if (!is_last) return;\n", "", LONG, GROUP_LONG)
+fault("attention-shares-before-the-last", SHARES, "    if (!is_last) return;\n", "    if (is_last) return;\n", LONG, GROUP_LONG)
 fault("group-sees-the-future", GROUP, "+ e % 2 > last)", "+ e % 2 > last + 1)", ATTENTION_TEST)
 fault("group-misses-itself", GROUP, "+ e % 2 > last)", "+ e % 2 >= max(last, 1))", ATTENTION_TEST)
 fault("group-reads-unwritten-rows", GROUP, "values + min(key, last) * row", "values + key * row", GROUP_ONE_KEY)

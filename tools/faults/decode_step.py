@@ -99,7 +99,7 @@ fault(
 )
 fault(
     "step-some-keys-in-no-share", STEP_RING, "(cached + (1 << shift) - 1) >> shift", "cached >> shift",
-    SHARES_193,
+    "decode_plan::every_key_is_in_one_share_of_each_unit",
 )
 fault(
     "step-keys-behind-the-share", STEP_KEYS, "if (n >= count) score[h][u] = MINUS_INFINITY;", "", SHARES,

@@ -34,7 +34,7 @@ fault(
     "reuse-too-few-tokens-read-again", GENERATE, "else cuda.FEW_ROWS + 1", "else cuda.FEW_ROWS",
     "reuse::the_last_tokens_are_always_read[emulated]",
 )
-fault("reuse-ids-of-the-answer-lost", GENERATE, "        sequence.ids.append(token)\n", "", ONCE)
+fault("reuse-ids-of-the-answer-lost", GENERATE, "            sequence.ids.append(token)\n", "", ONCE)
 fault(
     "reuse-rows-of-another-text", GENERATE, "cache.length, self.ids = shared, list(prompt)",
     "cache.length, self.ids = min(cache.length, len(prompt) - least), list(prompt)", DIFFERS,
