@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from cuqwen import driver, hub, launch, memory, startup, thinking, weights
+from cuqwen.beside import Beside
 from cuqwen.config import CheckpointError, Config, GenerationConfig
 from cuqwen.decode import why_portable
 from cuqwen.generate import Sequence as TokenSequence
@@ -69,7 +69,7 @@ def load(
     if not isinstance(exact, bool):
         raise TypeError(f"load: exact: wanted True or False, got {type(exact).__name__}")
     wants_gpu = device in (None, "cuda") and dtype != "float64"
-    with ThreadPoolExecutor(2, "cuqwen-load") as beside:  # what takes long and needs nothing else
+    with Beside() as beside:  # what takes long and needs nothing else
         if wants_gpu and "cupy" not in sys.modules:  # with CuPy another GPU than the first may have been chosen
             driver.wake()
         # imports CuPy, in a thread because an interrupt would break the import

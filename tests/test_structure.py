@@ -26,7 +26,7 @@ OPERATIONS = (
     "sample",
 )
 ORDER = (
-    "strict_json", "yarn", "config", "hub", "checkpoint", "driver", "driver_calls", "sources", "launch", "staging", "bandwidth", "rope", "sampling", "reference", "tiles", "cuda", "ops", "weights", "cache",
+    "strict_json", "yarn", "config", "hub", "checkpoint", "beside", "driver", "driver_calls", "sources", "launch", "staging", "bandwidth", "rope", "sampling", "reference", "tiles", "cuda", "ops", "weights", "cache",
     "model", "memory", "sizes", "prompt", "decode_step", "decode", "bench", "tokenizer", "generate", "thinking", "startup", "api", "commands", "cli",
 )  # fmt: skip
 
