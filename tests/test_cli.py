@@ -19,7 +19,7 @@ import checkpoints
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from terminal import CUQWEN, ROOT, environment, in_terminal, interrupt_at_import
+from terminal import CUQWEN, ROOT, environment, in_terminal, interrupted_at_import
 
 from cuqwen import __version__, cli, launch
 from cuqwen.commands import figures
@@ -729,15 +729,15 @@ def test_interrupt_while_reading_standard_input():
 @pytest.mark.parametrize("module", ["numpy", "safetensors", "tokenizers"])
 def test_interrupt_while_loading(module):
     """The signal comes at the import of a module that is needed for loading: always at the same place."""
-    result = run(*interrupt_at_import(module, "generate", "x", "--model", "demo"))
-    assert (result.status, result.out) == (130, "") and result.err.count("\n") <= 2
+    done = interrupted_at_import(module, "generate", "x", "--model", "demo")
+    assert (done.returncode, done.stdout) == (130, b"") and done.stderr.count(b"\n") <= 2
 
 
 @pytest.mark.parametrize("command", [("bench", "--random", "0.6B"), ("perplexity", "demo", __file__), ("info", "demo")])
 def test_interrupt_while_numpy_is_imported(command):
     """Also where another extension imports it, and would turn the interrupt into an ImportError."""
-    result = run(*interrupt_at_import("numpy", *command))
-    assert result.status == 130 and result.err == "\ncuqwen: interrupted\n"
+    done = interrupted_at_import("numpy", *command)
+    assert done.returncode == 130 and done.stderr == b"\ncuqwen: interrupted\n"
 
 
 def test_interrupt_in_a_terminal_leaves_it_clean(endless, greedy):
