@@ -136,7 +136,7 @@ def in_terminal(command, keys=None, after="", **env):
         return status, terminal.shown, terminal.settings_are_as_before()
 
 
-def interrupted_at_import(module, *arguments, cwd=None):
+def interrupted_at_import(module, *arguments):
     """Run `cuqwen` with these arguments, which gets SIGINT when it begins to import `module`: always at the same place.
 
     On a busy machine one in some hundred has hung; where is not known. So it is tried again, three times at most, and what all
@@ -144,7 +144,7 @@ def interrupted_at_import(module, *arguments, cwd=None):
     """
     command = _interrupt_at_import(module, *arguments)
     for _ in range(3):
-        done = subprocess.run(command, input=b"", capture_output=True, env=environment(), cwd=cwd, timeout=60)
+        done = subprocess.run(command, input=b"", capture_output=True, env=environment(), timeout=60)
         if b"Timeout (" not in done.stderr:
             break
         warnings.warn(

@@ -64,4 +64,4 @@ def test_all_have_ended_after_the_block():
 
 def test_an_interrupt_inside_a_lock_ends():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, timeout=60, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout in ("", "interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")  # no such lock is entered
